@@ -1,0 +1,1 @@
+"""Data sets: the BEIR layout, record schemas, the bundled demo set."""

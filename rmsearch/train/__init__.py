@@ -1,0 +1,1 @@
+"""Training: preference pairs and LoRA reward models."""
