@@ -13,7 +13,7 @@ EXIT_RETRY = 75
 
 
 class RMSearchError(Exception):
-    """Base of the errors below: ``problem`` says what is wrong, ``where`` the file, row or flag, ``remedy`` the cure."""
+    """Base of the errors below: ``problem`` says what is wrong, ``where`` file, row or flag, ``remedy`` the cure"""
 
     exit_code = EXIT_USER
 

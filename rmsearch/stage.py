@@ -1,4 +1,4 @@
-"""What a stage is: a typed config becomes flags, YAML, environment and help; a run gets a record, journal and exit code.
+"""What a stage is: a typed config becomes flags, YAML, environment, help; a run gets a record, journal and exit code.
 
 A stage is a function of its inputs. Its outputs appear whole or not at all, beside the first output lies the run record
 ``<output>.run.json``, and a second run with the same config, inputs and version does nothing and says so (``--force``
