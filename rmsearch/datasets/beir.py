@@ -1,0 +1,245 @@
+"""BEIR data sets: queries, corpus and qrels, from a folder, zip, S3 prefix, single files or by name.
+
+Layouts: BEIR's own (``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``) and that of the HF hub (parquet
+folders ``corpus/``, ``queries/`` and ``qrels/`` or ``default/``, or qrels as jsonl); every file may be .gz. Ids stay
+the text that the data has. Malformed rows, duplicate ids and qrels that name unknown ids are errors at ``file:row``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from rmsearch.datasets.download import ensure_downloaded
+from rmsearch.datasets.sources import Files, Row, ZipFiles, folder_files, lines, one_file, rows
+from rmsearch.errors import ConfigError, InputMissingError, RecordError
+from rmsearch.storage import uri as storage
+
+PACKAGED = {"demo": Path(__file__).parent / "demo"}
+QRELS_HEADER = ("query-id", "corpus-id", "score")
+_SUFFIXES = r"\.(jsonl|json|parquet|csv)(\.gz)?"
+
+
+class Document(NamedTuple):
+    """A key: what is ranked."""
+
+    title: str
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The text that models read: "title text", stripped."""
+        return f"{self.title} {self.text}".strip()
+
+
+@dataclass(frozen=True)
+class Beir:
+    """One split of a data set. ``queries`` holds the split's queries only, in the order of the queries file.
+
+    ``qrels``: query id -> key id -> grade, grade 0 and below meaning judged and not relevant.
+    """
+
+    name: str
+    split: str
+    queries: Mapping[str, str]
+    corpus: Mapping[str, Document] = field(repr=False)
+    qrels: Mapping[str, Mapping[str, int]] = field(repr=False)
+
+    def positives(self, query_id: str) -> list[str]:
+        """Ids of the relevant keys (grade > 0) of a query, sorted."""
+        return sorted(key for key, grade in self.qrels.get(query_id, {}).items() if grade > 0)
+
+    def key_text(self, key_id: str) -> str:
+        return self.corpus[key_id].key
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Content digests of queries, corpus and qrels; the same for a folder, its zip and its S3 copy."""
+        judged = ((q, sorted(keys.items())) for q, keys in sorted(self.qrels.items()))
+        return {
+            "queries": _digest(sorted(self.queries.items())),
+            "corpus": _digest((key, *document) for key, document in sorted(self.corpus.items())),
+            "qrels": _digest(judged),
+        }
+
+
+def load_beir(
+    dataset: str | None,
+    split: str = "test",
+    *,
+    queries: str | None = None,
+    corpus: str | None = None,
+    qrels: str | None = None,
+    all_queries: bool = False,
+) -> Beir:
+    """Load one split.
+
+    ``dataset``: a folder, .zip, ``s3://`` prefix or zip, "demo" (packaged), or the name of a published BEIR set, which
+    is downloaded. ``queries``, ``corpus`` and ``qrels`` name single files and take precedence. Without any qrels (both
+    other files given, no data set) all queries are taken. ``all_queries`` keeps queries the split does not judge.
+
+    Raises InputMissingError, RecordError (``file:row``), ConfigError, RetryableError (the download).
+    """
+    if dataset is None and not (queries and corpus):
+        raise ConfigError("no data set is given", remedy="Give --dataset-path, or --queries and --corpus (and --qrels)")
+    files = open_dataset(dataset) if dataset else None
+    texts = dict(_queries(_pick(files, queries, "queries")))
+    documents = dict(_corpus(_pick(files, corpus, "corpus")))
+    judged: dict[str, dict[str, int]] = {}
+    if qrels or files:
+        judged = read_qrels(qrels, texts, documents) if qrels else _split_qrels(files, split, texts, documents)
+        if not all_queries:
+            texts = {query: text for query, text in texts.items() if query in judged}
+    return Beir(storage.name(dataset or queries or "").removesuffix(".zip"), split, texts, documents, judged)
+
+
+def open_dataset(dataset: str) -> Files:
+    """The files of a data set by path, URI or name (a bare name or a missing path is downloaded)."""
+    if dataset in PACKAGED:
+        return folder_files(str(PACKAGED[dataset]))
+    if not storage.exists(dataset):
+        if storage.is_s3(dataset):
+            raise InputMissingError("no such folder or object", where=dataset)
+        dataset = str(ensure_downloaded(dataset))
+    if storage.is_folder(dataset):
+        return folder_files(dataset)
+    if dataset.endswith(".zip"):
+        return ZipFiles(dataset)
+    raise ConfigError("is neither a folder nor a .zip", where=dataset, remedy="Give a folder, a .zip, or a BEIR name")
+
+
+def read_qrels(
+    place: str, queries: Iterable[str] | None = None, corpus: Iterable[str] | None = None
+) -> dict[str, dict[str, int]]:
+    """A qrels file of its own: BEIR's three columns, TREC's four (``query 0 key grade``), jsonl, csv or parquet."""
+    files, name = one_file(place)
+    return _qrels([(files, name)], queries, corpus)
+
+
+def split_qrels(dataset: str, split: str) -> dict[str, dict[str, int]]:
+    """Only the qrels of a split; the ids are not checked against queries and corpus."""
+    return _split_qrels(open_dataset(dataset), split, None, None)
+
+
+def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files, str]]:
+    """The files that hold the queries or the corpus: the one given, else those of the data set."""
+    if given:
+        return [one_file(given)]
+    assert files is not None
+    pattern = re.compile(rf"{kind}{_SUFFIXES}|{kind}/[^/]+{_SUFFIXES}")
+    if not (found := [name for name in files.names if pattern.fullmatch(name)]):
+        parts = sorted({n.rpartition("/")[0] for n in files.names if n.endswith("/corpus.jsonl")})
+        remedy = (
+            f"Name one of its parts: {', '.join(parts)}"
+            if parts
+            else f"A data set has {kind}.jsonl or {kind}/*.parquet"
+        )
+        raise InputMissingError(f"has no {kind}.jsonl", where=files.place, remedy=remedy)
+    flat = [name for name in found if "/" not in name]
+    return [(files, name) for name in (flat[:1] or found)]
+
+
+def _split_qrels(
+    files: Files | None, split: str, queries: Iterable[str] | None, corpus: Iterable[str] | None
+) -> dict[str, dict[str, int]]:
+    assert files is not None
+    of_a_split = re.compile(rf"(qrels|default|data)/(?P<split>[^/]+?)(-\d+-of-\d+)?({_SUFFIXES}|\.tsv(\.gz)?)")
+    found = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
+    if not (names := [name for its, name in found if its == split]):
+        splits = ", ".join(sorted({its for its, _ in found})) or "none"
+        raise InputMissingError(
+            f"has no qrels for the split {split!r}", where=files.place, remedy=f"Splits there: {splits}"
+        )
+    tsv = [name for name in names if ".tsv" in name]
+    return _qrels([(files, name) for name in (tsv[:1] or names)], queries, corpus)
+
+
+def _queries(places: list[tuple[Files, str]]) -> Iterator[tuple[str, str]]:
+    for row, identity in _identified(places):
+        yield identity, row.text("text", "query")
+
+
+def _corpus(places: list[tuple[Files, str]]) -> Iterator[tuple[str, Document]]:
+    for row, identity in _identified(places):
+        yield identity, Document(row.text("title", default=""), row.text("text"))
+
+
+def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[Row, str]]:
+    """Rows with their ids; an id that is empty or comes twice is an error, and so is a file without rows."""
+    seen: set[str] = set()
+    for files, name in places:
+        for row in rows(files, name):
+            identity = row.text("_id", "id")
+            if not identity:
+                raise row.error("the id is empty")
+            if identity in seen:
+                raise row.error(f"the id {identity!r} comes twice", "Ids must be unique")
+            seen.add(identity)
+            yield row, identity
+    if not seen:
+        raise RecordError("holds no records", where=places[0][0].shown(places[0][1]))
+
+
+def _qrels(
+    places: list[tuple[Files, str]], queries: Iterable[str] | None, corpus: Iterable[str] | None
+) -> dict[str, dict[str, int]]:
+    known_queries, known_keys = (
+        None if ids is None else ids if isinstance(ids, dict) else set(ids) for ids in (queries, corpus)
+    )
+    judged: dict[str, dict[str, int]] = {}
+    for files, name in places:
+        for row in _qrel_rows(files, name):
+            query, key, grade = row.text("query-id"), row.text("corpus-id"), _grade(row)
+            if known_queries is not None and query not in known_queries:
+                raise row.error(f"the query id {query!r} is not in the queries")
+            if known_keys is not None and key not in known_keys:
+                raise row.error(f"the key id {key!r} is not in the corpus")
+            if judged.setdefault(query, {}).setdefault(key, grade) != grade:
+                raise row.error(f"query {query!r} and key {key!r} come twice with different scores")
+    if not judged:
+        raise RecordError("the split is empty: no judged pairs", where=places[0][0].shown(places[0][1]))
+    return judged
+
+
+def _qrel_rows(files: Files, name: str) -> Iterator[Row]:
+    """Rows with the fields of `QRELS_HEADER`; tsv and text files may lack the header or have TREC's four columns."""
+    if not re.search(r"\.(tsv|txt|qrels|trec|qrel)(\.gz)?$", name):
+        yield from rows(files, name)
+        return
+    with files.open(name) as stream:
+        for number, line in lines(stream, files.shown(name)):
+            fields = line.split("\t") if "\t" in line else line.split()
+            if number == 1 and fields[:2] == list(QRELS_HEADER[:2]):
+                continue
+            if len(fields) == 4:  # TREC: query, iteration, key, grade
+                del fields[1]
+            where = f"{files.shown(name)}:{number}"
+            if len(fields) != 3:
+                problem = f"has {len(fields)} columns, not 3 (query-id, corpus-id, score) or 4 (TREC)"
+                raise RecordError(problem, where=where, remedy="Separate the columns by tabs")
+            yield Row(where, dict(zip(QRELS_HEADER, fields, strict=True)))
+
+
+def _grade(row: Row) -> int:
+    value = row.values.get("score")
+    try:
+        grade = float(value)  # type: ignore[arg-type]
+        if grade == int(grade):
+            return int(grade)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise row.error(f"the score must be a whole number, got {value!r}")
+
+
+def _digest(items: Iterable[object]) -> str:
+    state = hashlib.sha256()
+    for item in items:
+        state.update(json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        state.update(b"\n")
+    return state.hexdigest()[:32]
