@@ -170,12 +170,15 @@ class Run:
 
     def check_rejects(self, total: int) -> None:
         """Write the rejects file and fail when more than the allowed share of ``total`` was rejected."""
+        from rmsearch.storage import uri
         from rmsearch.storage.records import write_records
 
+        where = f"{self.first_output}.rejects.jsonl"
         if not self._rejects:
+            if uri.exists(where):  # of an earlier run
+                uri.remove(where)
             return
         self.counts["rejected"] = len(self._rejects)
-        where = f"{self.first_output}.rejects.jsonl"
         write_records(where, self._rejects)
         if len(self._rejects) > self.max_reject_rate * max(total, 1):
             reasons: dict[str, int] = {}

@@ -1,0 +1,38 @@
+"""`rmsearch` as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rmsearch.cli import STAGES, load_stage
+from rmsearch.stage import fields_with_role
+
+
+def rmsearch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rmsearch.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_lists_groups_and_stages() -> None:
+    shown = rmsearch("--help").stdout
+    assert all(group in shown and all(name in shown for name in stages) for group, stages in STAGES.items())
+    assert rmsearch().stdout == shown
+
+
+def test_an_unknown_command_is_exit_2_and_lists_the_choices() -> None:
+    answer = rmsearch("evaluation", "embedd")
+    assert answer.returncode == 2 and "embed" in answer.stderr and "Traceback" not in answer.stderr
+    assert rmsearch("nothing").returncode == 2
+
+
+@pytest.mark.parametrize("group, name", [(group, name) for group, stages in STAGES.items() for name in stages])
+def test_every_stage_loads_and_documents_its_flags(group: str, name: str) -> None:
+    stage = load_stage(group, name)
+    assert stage.help.strip()
+    assert fields_with_role(stage.config, "target"), "a stage writes something"
+    undocumented = [field for field, info in stage.config.model_fields.items() if not info.description]
+    assert not undocumented
