@@ -77,6 +77,9 @@ class StageConfig(BaseModel):
     max_reject_rate: float = option(0.01, "Fail when more than this share of the records is rejected.", ge=0, le=1)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = tuning("INFO", "Verbosity of the log on stderr.")
 
+    def prepare(self) -> None:
+        """Called before the inputs are digested: the place to fetch an input that is not there yet."""
+
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
@@ -98,6 +101,7 @@ class Stage(Generic[ConfigT]):
     config: type[ConfigT]
     function: Callable[[ConfigT, Run], None]
     next_step: str | None = None
+    show: Callable[[ConfigT], None] | None = None
 
     @property
     def help(self) -> str:
@@ -112,14 +116,20 @@ class Stage(Generic[ConfigT]):
         return execute(self, config, **options)
 
 
-def stage(name: str, *, next_step: str | None = None) -> Callable[[Callable[[Any, Run], None]], Stage[Any]]:
-    """Decorator: make a `Stage` of ``function(config, run)``. ``next_step`` may use the config's fields in braces."""
+def stage(
+    name: str, *, next_step: str | None = None, show: Callable[[Any], None] | None = None
+) -> Callable[[Callable[[Any, Run], None]], Stage[Any]]:
+    """Decorator: make a `Stage` of ``function(config, run)``. ``next_step`` may use the config's fields in braces.
+
+    ``show(config)`` prints results from the outputs; it is called when they are up to date, so that asking twice
+    shows the same.
+    """
 
     def decorate(function: Callable[[Any, Run], None]) -> Stage[Any]:
         import typing
 
         config = typing.get_type_hints(function)["config"]
-        return Stage(name, config, function, next_step)
+        return Stage(name, config, function, next_step, show)
 
     return decorate
 
@@ -200,6 +210,8 @@ def _input_digests(config: StageConfig) -> dict[str, str]:
         for name in fields_with_role(type(config), role):
             value = getattr(config, name)
             for one in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(one, str) and "=" in one and not uri.exists(one):
+                    one = one.partition("=")[2]  # name=path
                 if isinstance(one, str) and one:
                     digests[f"{name}={one}"] = uri.digest(one) if uri.exists(one) else "by name"
     return digests
@@ -259,6 +271,7 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("rmsearch").setLevel(config.log_level)
     outputs = [value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))]
+    config.prepare()
     digests = _input_digests(config)
     run = Run(
         stage.name, outputs[0] if outputs else None, _fingerprint(stage.name, config, digests), config.max_reject_rate
@@ -267,6 +280,8 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     if not config.force and _up_to_date(record_uri, run.fingerprint, outputs):
         run.skipped = True
         say("up_to_date", stage=stage.name, output=outputs[0], remedy="--force runs it again")
+        if stage.show is not None:
+            stage.show(config)
         return run
     started = time.monotonic()
     stage.function(config, run)
