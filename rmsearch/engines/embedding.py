@@ -1,0 +1,213 @@
+"""Embedding models: how each one wants its texts (prefix, length, pooling), and the embedder itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rmsearch.contract import load_json, model_facts
+from rmsearch.engines.dispatch import Backend, Dispatcher, Job, split_batches
+from rmsearch.errors import ConfigError, ModelError
+from rmsearch.prompts import Rendered
+from rmsearch.tokens import TextTokens, special_ends
+
+WINDOW = 8192
+LONGEST = 8192  # tokens, of a model that states no maximum of its own
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
+QUERY_PROMPTS = ("query", "web_search_query", "s2p_query")
+KEY_PROMPTS = ("document", "passage", "corpus")
+Kind = Literal["query", "key"]
+Pooling = Literal["mean", "cls", "last"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """How a model embeds. max_length counts special tokens; the prefixes stand before every query and key."""
+
+    pooling: Pooling
+    max_length: int
+    query_prefix: str = ""
+    key_prefix: str = ""
+    normalize: bool = True
+
+    def prefix(self, kind: Kind) -> str:
+        """The text before every text of that kind."""
+        return self.query_prefix if kind == "query" else self.key_prefix
+
+
+def resolve_embedding(
+    folder: Path,
+    name: str,
+    *,
+    query_instruction: str | None = None,
+    key_instruction: str | None = None,
+    max_length: int | None = None,
+    pooling: Pooling | None = None,
+) -> EmbeddingSpec:
+    """The spec of the model in ``folder`` (called ``name``): explicit values, then its own files, then its family."""
+    facts = model_facts(folder)
+    query_prefix, key_prefix = prefixes(f"{name} {folder.name}", query_instruction, key_instruction, _prompts(folder))
+    longest = max_length or _own_length(folder) or min(facts.max_positions, LONGEST)
+    if longest > facts.max_positions:
+        raise ConfigError(
+            f"max_length {longest} is more than the {facts.max_positions} positions of the model",
+            where=name,
+            remedy=f"Give at most {facts.max_positions}",
+        )
+    how = pooling or _own_pooling(folder) or ("mean" if facts.encoder else "last")
+    return EmbeddingSpec(how, longest, query_prefix, key_prefix)
+
+
+def prefixes(
+    name: str, query_instruction: str | None, key_instruction: str | None, own: dict[str, str] | None = None
+) -> tuple[str, str]:
+    """The text before queries and before keys.
+
+    An instruction is put before the text as it is given, except that models of the "Instruct: …" kind (e5-mistral,
+    Qwen3-Embedding) get a plain task sentence wrapped in their form. Without one: the model's own prompts, else the
+    convention of its family, known by ``name``.
+    """
+    query, key = _family_prefixes(name, query_instruction)
+    own = own or {}
+    query = next((own[each] for each in QUERY_PROMPTS if own.get(each)), query)
+    key = next((own[each] for each in KEY_PROMPTS if own.get(each)), key)
+    if query_instruction is not None:
+        wrapped = _instruct_form(name) is not None and query_instruction and "Query:" not in query_instruction
+        query = _family_prefixes(name, query_instruction)[0] if wrapped else query_instruction
+    return query, key if key_instruction is None else key_instruction
+
+
+def _instruct_form(name: str) -> str | None:
+    lower = name.lower()
+    if "e5-mistral" in lower or "multilingual-e5-large-instruct" in lower:
+        return "Instruct: {}\nQuery: "
+    return "Instruct: {}\nQuery:" if "qwen3-embedding" in lower else None
+
+
+def _family_prefixes(name: str, task: str | None) -> tuple[str, str]:
+    form = _instruct_form(name)
+    if form is not None:
+        return form.format(task or TASK), ""
+    if re.search(r"(^|[^a-z0-9])e5-(small|base|large)", name.lower()):
+        return "query: ", "passage: "
+    return "", ""
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    path = folder / "config_sentence_transformers.json"
+    if not path.exists():
+        return {}
+    config = load_json(path)
+    prompts = {str(name): str(text) for name, text in (config.get("prompts") or {}).items()}
+    default = config.get("default_prompt_name")
+    if default in prompts:
+        prompts = {"query": prompts[default], "document": prompts[default]} | {k: v for k, v in prompts.items() if v}
+    return prompts
+
+
+def _own_length(folder: Path) -> int | None:
+    path = folder / "sentence_bert_config.json"
+    return load_json(path).get("max_seq_length") if path.exists() else None
+
+
+def _own_pooling(folder: Path) -> Pooling | None:
+    """The pooling that the sentence-transformers files name, None without such files; ModelError for one we lack."""
+    if not (folder / "modules.json").exists():
+        return None
+    for path in sorted(folder.glob("*_Dense")):
+        raise ModelError("has a dense layer after pooling", where=str(path), remedy="Give a model without one")
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return None
+    config = load_json(path)
+    mode = config.get("pooling_mode")
+    flags = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+    chosen = [name for name, flag in flags.items() if config.get(flag) or name in (mode, mode and mode[0])]
+    if mode == "lasttoken":
+        chosen = ["last"]
+    others = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
+    if len(chosen) != 1 or (others and others != [flags[chosen[0]]]):
+        raise ModelError("has a pooling other than mean, cls or last token", where=str(path), remedy="Name pooling=")
+    return chosen[0]  # type: ignore[return-value]
+
+
+class TextEmbedder(Dispatcher):
+    """A backend that gives vectors, behind windows and token-budget batches: what ``load_embedder`` returns."""
+
+    def __init__(self, backend: Backend, tokenizer: Any, spec: EmbeddingSpec) -> None:
+        super().__init__(backend)
+        self.spec = spec
+        self._first, self._last = special_ends(tokenizer)
+        self._room = spec.max_length - len(self._first) - len(self._last)
+        if self._room < 1:
+            raise ConfigError(f"max_length {spec.max_length} leaves no room for text", remedy="Raise max_length")
+        self._tokens = TextTokens(tokenizer, self._room, plain=False)
+
+    async def embed(self, texts: Sequence[str], kind: Kind = "key") -> np.ndarray:
+        """float32[len(texts), d] vectors of unit length, in order; equal texts are embedded once."""
+        unique: dict[str, int] = {}
+        numbers = [unique.setdefault(checked_text(text, kind, i), len(unique)) for i, text in enumerate(texts)]
+        self.stats.pairs += len(texts)
+        prefix = self.spec.prefix(kind)
+        vectors: np.ndarray | None = None
+        async with aclosing(self.run(self._jobs([prefix + text for text in unique]))) as results:
+            async for job, values in results:
+                if vectors is None:
+                    vectors = np.empty((len(unique), values.shape[1]), dtype=np.float32)
+                vectors[job.index] = values
+        if vectors is None:
+            return np.empty((0, 0), dtype=np.float32)
+        return unit(vectors)[np.array(numbers)] if self.spec.normalize else vectors[np.array(numbers)]
+
+    async def _jobs(self, texts: list[str]) -> AsyncIterator[Job]:
+        for start in range(0, len(texts), WINDOW):
+            ids = await asyncio.to_thread(self._tokens, texts[start : start + WINDOW])
+            lengths = np.array([min(len(each), self._room) for each in ids]) + len(self._first) + len(self._last)
+            order = np.argsort(-lengths, kind="stable")
+            for part in split_batches(lengths[order], self.backend.limits):
+                chosen = order[part]
+                yield Job(chosen + start, [self._render(ids[i]) for i in chosen])
+
+    def _render(self, ids: Sequence[int]) -> Rendered:
+        truncated = len(ids) > self._room
+        return Rendered([*self._first, *ids[: self._room], *self._last], None, truncated)
+
+
+def checked_text(text: object, kind: Kind, position: int) -> str:
+    """The text; ConfigError names the position of one that is no string."""
+    if isinstance(text, str):
+        return text
+    shown = "None" if text is None else f"{type(text).__name__} {str(text)[:60]!r}"
+    raise ConfigError(f"a text to embed is a string, not {shown}", where=f"{kind} {position}")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The rows at unit length; a row of zeros stays."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32, copy=False)
+
+
+def pooled(pooling: Pooling) -> Any:
+    """The read-out of a torch model for TransformersBackend: [n, d]."""
+
+    def read_out(model: Any, inputs: dict[str, Any], lengths: Any) -> Any:
+        import torch
+
+        hidden = model(**inputs).last_hidden_state.float()
+        if pooling == "cls":
+            return hidden[:, 0]
+        if pooling == "last":
+            return hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        mask = torch.arange(hidden.shape[1], device=hidden.device)[None] < lengths[:, None]
+        return (hidden * mask[..., None]).sum(1) / lengths[:, None]
+
+    return read_out
