@@ -8,7 +8,8 @@ from typing import Any
 
 from rmsearch import __version__
 from rmsearch.errors import ConfigError
-from rmsearch.stage import Stage, exit_code_of, run_command
+from rmsearch.flags import exit_code_of, run_command
+from rmsearch.stage import Stage
 
 # group -> stage -> one line of help; the modules load only when they are run
 STAGES: dict[str, dict[str, str]] = {

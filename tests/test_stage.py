@@ -15,7 +15,8 @@ from typing import Literal
 import pytest
 
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RejectedError, RetryableError
-from rmsearch.stage import Run, StageConfig, model, option, run_command, source, stage, target, tuning
+from rmsearch.flags import run_command
+from rmsearch.stage import Run, StageConfig, model, option, source, stage, target, tuning
 
 
 class CopyConfig(StageConfig):
