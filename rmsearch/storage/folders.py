@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,7 @@ MANIFEST = "_manifest.json"
 LAST_FILE = "rmsearch.json"  # for readers that know no manifest: with the contract there, the weights are there
 _SHA = "rmsearch-sha256"
 _FILES_AT_ONCE = 4
+_STALE_SECONDS = 86400
 
 
 def cache_folder() -> Path:
@@ -111,10 +114,11 @@ def upload_folder(path: str | Path, uri: str, keep: Callable[[str], bool] = lamb
 
 def _local_folder(uri: str) -> Path:
     path = local.as_path(uri)
-    if not path.exists():
-        raise local.local_error(FileNotFoundError(), uri)
-    if not path.is_dir():
-        raise ConfigError("is a file, and a folder is needed", where=uri, remedy="Name a folder.")
+    with local.local_errors(uri):
+        if not path.exists():
+            raise FileNotFoundError
+        if not path.is_dir():
+            raise ConfigError("is a file, and a folder is needed", where=uri, remedy="Name a folder.")
     return path
 
 
@@ -125,16 +129,18 @@ def _transfer() -> Any:
 
 
 def _download(bucket: str, key: str, target: Path) -> None:
+    partial = cache_folder() / "partial"  # not in the folder itself, where a killed download would leave half a file
     with local.local_errors(str(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temp = local.temp_beside(target)
-        try:
-            with s3_errors(f"s3://{bucket}/{key}"):
-                s3.client().download_file(bucket, key, str(temp), Config=_transfer())
-            temp.replace(target)
-        finally:
+        partial.mkdir(exist_ok=True)
+        for old in partial.iterdir():
             with contextlib.suppress(OSError):
-                temp.unlink()
+                if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                    old.unlink()
+        temp = partial / secrets.token_hex(8)
+        with s3_errors(f"s3://{bucket}/{key}"):
+            s3.client().download_file(bucket, key, str(temp), Config=_transfer())
+        temp.replace(target)
 
 
 def _check_manifest(uri: str, found: Mapping[str, s3.Object]) -> None:
@@ -199,26 +205,27 @@ def _swap_in(source: Path, target: Path, files: Mapping[str, Any]) -> None:
     local.make_folder(target.parent, str(target))
     former = _read_manifest(str(target))["files"] if (target / MANIFEST).exists() else {}
     names = [*sorted(files.keys() - {LAST_FILE}), *({LAST_FILE} & files.keys())]
+    if target.exists() and not target.is_dir():
+        raise ConfigError("is a file, and a folder is needed", where=str(target), remedy="Choose another path.")
     with local.local_errors(str(target)):
         if target.is_mount() or not os.access(target.parent, os.W_OK):
             _copy(source, target, names, files)  # a volume's own root cannot be renamed: the contract comes last there
             return
-        temp, old = local.temp_beside(target), local.temp_beside(target)
-        try:
+        with local.temp_folder(target) as temp:
             _copy(source, temp, names, files)
-            if target.is_dir():
+            if not target.exists():
+                temp.rename(target)
+            else:
                 for name in set(local.walk(target)) - files.keys() - former.keys() - {MANIFEST}:
                     (temp / name).parent.mkdir(parents=True, exist_ok=True)
                     os.link(target / name, temp / name, follow_symlinks=False)
-                target.rename(old)
-            temp.rename(target)
-            local.fsync_path(target.parent)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-            if target.exists():  # else the rename failed, and the old folder is all there is
-                shutil.rmtree(old, ignore_errors=True)
-            elif old.exists():
-                old.rename(target)
+                try:
+                    local.swap(temp, target)  # now temp is the old folder, which goes
+                except OSError:  # a mount without the exchange: two renames
+                    target.rename(old := local.temp_beside(target))
+                    temp.rename(target)
+                    shutil.rmtree(old)
+        local.fsync_path(target.parent)
 
 
 def _copy(source: Path, target: Path, names: list[str], files: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ def malformed(uri: str, row: int | None, error: Exception) -> RecordError:
         UnicodeEncodeError: "holds a broken Unicode character (a lone surrogate)",
         RecursionError: "nested too deep",
     }.get(type(error)) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "integer overflow" in said:
+        said = "holds a whole number beyond 64 bits; write it as a string"
     if "not JSON compliant" in said:
         said = "holds NaN or an infinity, which no format here may hold"
     return RecordError(said[:200], where=uri if row is None else f"{uri}:{row}", remedy="Correct that record.")

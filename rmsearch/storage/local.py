@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,15 @@ def local_reader(uri: str) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, stream)
 
 
+def _behind_links(uri: str) -> Path:
+    """The path with symlinks followed: the file behind a link is replaced, not the link."""
+    try:
+        with local_errors(uri):
+            return as_path(uri).resolve()
+    except RuntimeError as error:  # what pathlib raises for a loop of links
+        raise local_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), uri) from error
+
+
 def make_folder(path: Path, uri: str) -> None:
     """Make a folder and its parents. Raises ConfigError when a file is in the way."""
     try:
@@ -106,12 +117,46 @@ def temp_beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
 
 
-def _remove_stale(path: Path) -> None:
-    """Delete the temp files that killed runs left beside ``path``. A living writer holds a lock on its own."""
+def remove_stale(path: Path) -> None:
+    """Delete the temp files and folders that killed runs left beside ``path`` (a living writer has its own locked)."""
     for stale in path.parent.glob(f".{glob.escape(path.name[:40])}.????????{TEMP_SUFFIX}"):
-        with contextlib.suppress(OSError), stale.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink()
+        with contextlib.suppress(OSError):
+            descriptor = os.open(stale, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+                else:
+                    stale.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def temp_folder(path: Path) -> Iterator[Path]:
+    """A fresh locked folder beside ``path``, deleted at the end if it is still there."""
+    remove_stale(path)
+    temp = temp_beside(path)
+    temp.mkdir()
+    descriptor = os.open(temp, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temp
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def swap(new: Path, old: Path) -> None:
+    """Exchange two folders in one step (Linux's renameat2, which Python does not offer), so that no kill can fall
+    between two renames. Raises OSError where the system or mount cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _open_temp(path: Path, uri: str) -> tuple[Path, int]:
@@ -129,15 +174,17 @@ def local_writer(uri: str) -> Iterator[BinaryIO]:
 
     A device or pipe (``/dev/stdout``) is written straight: renaming over it would replace it.
     """
-    real = as_path(uri).resolve()  # through symlinks: the file behind is replaced, not the link
+    real = _behind_links(uri)
     make_folder(real.parent, uri)
-    if real.is_dir():
-        raise local_error(IsADirectoryError(), uri)
-    if real.exists() and not real.is_file():
-        with io.BufferedWriter(_File(real, "wb", uri)) as device:
-            yield cast(BinaryIO, device)
+    with local_errors(uri):
+        if real.is_dir():
+            raise IsADirectoryError
+        device = real.exists() and not real.is_file()
+    if device:
+        with io.BufferedWriter(_File(real, "wb", uri)) as stream:
+            yield cast(BinaryIO, stream)
         return
-    _remove_stale(real)
+    remove_stale(real)
     temp, descriptor = _open_temp(real, uri)
     stream = io.BufferedWriter(_File(os.dup(descriptor), "wb", uri), buffer_size=1 << 20)
     try:
@@ -160,7 +207,7 @@ def local_writer(uri: str) -> Iterator[BinaryIO]:
 
 def local_put_if_absent(uri: str, data: bytes) -> bool:
     """Create the file with ``data`` unless it exists; one of several rivals wins, and readers never see half of it."""
-    real = as_path(uri).resolve()
+    real = _behind_links(uri)
     make_folder(real.parent, uri)
     temp, descriptor = _open_temp(real, uri)
     try:

@@ -31,7 +31,7 @@ os.register_at_fork(after_in_child=_new_lock_in_child)
 def client() -> Any:
     """The boto3 client for this process and the current ``AWS_*`` environment (endpoint, region, keys, profile).
 
-    ``AWS_MAX_ATTEMPTS`` shortens or lengthens the adaptive retries (8 by default).
+    ``AWS_MAX_ATTEMPTS`` shortens or lengthens the adaptive retries (8 by default). Call it inside `s3_errors`.
     """
     aws = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     key = (os.getpid(), hash(aws))
@@ -59,9 +59,8 @@ def _make_client() -> Any:
         connect_timeout=10,
         tcp_keepalive=True,
     )
-    with s3_errors("s3"):
-        # Its own session: boto3's default session is not safe to share between threads.
-        return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
+    # Its own session: boto3's default session is not safe to share between threads.
+    return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
 
 
 def split(uri: str, *, key_needed: bool = True) -> tuple[str, str]:

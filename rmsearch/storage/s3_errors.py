@@ -40,6 +40,9 @@ def s3_error(error: BaseException, uri: str) -> RMSearchError | None:
     if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         remedy = "Point AWS_CA_BUNDLE at the store's CA file."
         return ConfigError("the store's TLS certificate is not trusted", where=uri, remedy=remedy)
+    if isinstance(error, boto.HTTPClientError) and "Invalid header" in str(error):
+        remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY without it (a secret made with echo ends in one)."
+        return AccessError("the S3 credentials hold a line break", where=uri, remedy=remedy)
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError):
         problem = f"cannot reach the store at {_endpoint()} ({type(error).__name__})"
         return RetryableError(problem, where=uri, remedy=CHECK_NETWORK)

@@ -52,7 +52,7 @@ def join(uri: str, *names: str) -> str:
 def parent(uri: str) -> str:
     """The folder that holds ``uri`` (a bucket's own is the bucket)."""
     if is_s3(uri):
-        bucket, key = s3.split(uri, key_needed=False)
+        bucket, _, key = uri.removeprefix("s3://").rstrip("/").partition("/")
         return f"s3://{bucket}/{key.rpartition('/')[0]}".rstrip("/")
     return str(local.as_path(uri).parent)
 
@@ -60,22 +60,23 @@ def parent(uri: str) -> str:
 def name(uri: str) -> str:
     """The last part of ``uri``."""
     if is_s3(uri):
-        bucket, key = s3.split(uri, key_needed=False)
-        return key.rpartition("/")[2] or bucket
+        return uri.rstrip("/").rpartition("/")[2]
     return local.as_path(uri).resolve().name
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there. A missing bucket counts as no."""
     if not is_s3(uri):
-        return local.as_path(uri).exists()
+        with local.local_errors(uri):
+            return local.as_path(uri).exists()
     return s3.head(uri) is not None or is_folder(uri)
 
 
 def is_folder(uri: str) -> bool:
     """Whether ``uri`` is a folder; on S3: some object lies under ``uri/``."""
     if not is_s3(uri):
-        return local.as_path(uri).is_dir()
+        with local.local_errors(uri):
+            return local.as_path(uri).is_dir()
     try:
         return next(s3.list_objects(uri, page=2), None) is not None
     except InputMissingError:
@@ -102,7 +103,7 @@ def digest(uri: str) -> str:
         found = s3.head(uri)
         return found.digest if found else _combined((item.relative, item.digest) for item in _objects(uri))
     path = local.as_path(uri)
-    if path.is_dir():
+    if is_folder(uri):
         return _combined((file, _file_digest(str(path / file))) for file in local.walk(path))
     return _file_digest(uri)
 
@@ -159,7 +160,7 @@ def fetch(uri: str) -> Path:
     if is_s3(uri):
         return fetch_file(uri, digest(uri))
     path = local.as_path(uri)
-    if not path.exists():
+    if not exists(uri):
         raise local.local_error(FileNotFoundError(), uri)
     return path
 
