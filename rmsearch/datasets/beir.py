@@ -40,7 +40,8 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Beir:
-    """One split of a data set. ``queries`` holds the split's queries only, in the order of the queries file.
+    """One split of a data set. ``queries`` holds the split's queries only, in the order of the queries file;
+    ``unjudged`` are the ids of the others.
 
     ``qrels``: query id -> key id -> grade, grade 0 and below meaning judged and not relevant.
     """
@@ -50,6 +51,7 @@ class Beir:
     queries: Mapping[str, str]
     corpus: Mapping[str, Document] = field(repr=False)
     qrels: Mapping[str, Mapping[str, int]] = field(repr=False)
+    unjudged: frozenset[str] = field(default=frozenset(), repr=False)
 
     def positives(self, query_id: str) -> list[str]:
         """Ids of the relevant keys (grade > 0) of a query, sorted."""
@@ -91,12 +93,14 @@ def load_beir(
     files = open_dataset(dataset) if dataset else None
     texts = dict(_queries(_pick(files, queries, "queries")))
     documents = dict(_corpus(_pick(files, corpus, "corpus")))
-    judged: dict[str, dict[str, int]] = {}
-    if qrels or files:
-        judged = read_qrels(qrels, texts, documents) if qrels else _split_qrels(files, split, texts, documents)
-        if not all_queries:
-            texts = {query: text for query, text in texts.items() if query in judged}
-    return Beir(storage.name(dataset or queries or "").removesuffix(".zip"), split, texts, documents, judged)
+    name = storage.name(dataset or queries or "").removesuffix(".zip")
+    if not (qrels or files):
+        return Beir(name, split, texts, documents, {})
+    judged = read_qrels(qrels, texts, documents) if qrels else _split_qrels(files, split, texts, documents)
+    unjudged = frozenset(texts.keys() - judged.keys())
+    if not all_queries:
+        texts = {query: text for query, text in texts.items() if query in judged}
+    return Beir(name, split, texts, documents, judged, unjudged)
 
 
 def open_dataset(dataset: str) -> Files:

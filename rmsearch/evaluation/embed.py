@@ -1,0 +1,125 @@
+"""Rank the corpus with an embedding model: the first stage, whose candidates rerank takes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Literal
+
+from rmsearch.evaluation.first_stage import rankings, self_positions, write_outputs
+from rmsearch.evaluation.flags import DatasetFlags, EngineFlags, note_dataset
+from rmsearch.evaluation.vectors import ExactSearch, VectorCache, embedded, product
+from rmsearch.stage import Run, main, option, stage, target, tuning
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rmsearch.datasets.beir import Beir
+    from rmsearch.engines import Embedder
+
+
+class EmbedConfig(DatasetFlags, EngineFlags):
+    """Flags of embed."""
+
+    output: str = target("relevance_dict_embed.json", "Candidates for rerank.")
+    output_eval: str = target("relevance_dict_embed_eval.json", "Run for ndcg: {query: {key: score}}.")
+    run_file: str | None = target(None, "The same run in TREC's six columns (.trec, .run or .txt).")
+    top_k: int = option(100, "Candidates per query.", ge=1)
+    query_instruction: str | None = option(None, "Text before queries; by default the model's own (E5, Qwen3, …).")
+    key_instruction: str | None = option(None, "Text before keys; by default the model's own.")
+    no_normalize: bool = option(False, "Keep the vectors' lengths: inner product in place of cosine.")
+    similarity_device: Literal["cpu", "cuda", "auto"] = tuning("cpu", "Where similarities are computed.")
+    query_batch_size: int = tuning(256, "Queries handed to the model at once.", ge=1)
+    key_batch_size: int = tuning(128, "Keys handed to the model at once; each batch is saved as it comes.", ge=1)
+    cache_dir: str | None = tuning(
+        None, "Folder that keeps the vectors for other runs; by default they go when the run is complete."
+    )
+
+
+NEXT = (
+    "rmsearch evaluation rerank --dataset-path {dataset_path} --split {split} --embed-output {output} "
+    "--output-eval relevance_dict_rerank_eval.json --model-name REWARD_MODEL"
+)
+
+
+@stage("evaluation.embed", next_step=NEXT)
+def embed(config: EmbedConfig, run: Run) -> None:
+    """Rank the corpus with an embedding model.
+
+    Embeds the split's queries and the whole corpus, takes the exact top k by cosine and writes candidates for rerank
+    and a run for ndcg. A key with the query's own id is left out. Ties are ordered by key id. Killed and started
+    again, it embeds only what was not saved.
+    """
+    product(config.similarity_device)  # refuse before the work
+    beir = config.load()
+    note_dataset(run, beir)
+    ranking = asyncio.run(_rank(config, run, beir))
+    write_outputs(beir, ranking, config.output, config.output_eval, config.run_file, "rmsearch-embed")
+    run.counts |= {"queries": len(ranking), "keys": len(beir.corpus)}
+
+
+async def _rank(config: EmbedConfig, run: Run, beir: Beir) -> dict[str, dict[str, float]]:
+    from rmsearch.engines import load_embedder
+
+    embedder = load_embedder(
+        config.model_name,
+        query_instruction=config.query_instruction,
+        key_instruction=config.key_instruction,
+        **config.engine_arguments(),
+    )
+    try:
+        if config.no_normalize:
+            embedder.spec = replace(embedder.spec, normalize=False)
+        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", _identity(config, embedder))
+        found = await _search(config, run, beir, embedder, cache)
+    finally:
+        await embedder.close()
+    _count(run, embedder, cache)
+    if config.cache_dir is None:
+        cache.discard()
+    return found
+
+
+async def _search(
+    config: EmbedConfig, run: Run, beir: Beir, embedder: Embedder, cache: VectorCache
+) -> dict[str, dict[str, float]]:
+    query_ids, key_ids = list(beir.queries), sorted(beir.corpus)
+    texts = [beir.key_text(key) for key in key_ids]
+    with run.progress(len(query_ids) + len(key_ids), "texts") as shown:
+        parts: list[np.ndarray] = []
+        async for _, vectors in embedded(
+            embedder, list(beir.queries.values()), "query", config.query_batch_size, cache
+        ):
+            parts.append(vectors)
+            shown.advance(len(vectors))
+        import numpy as np
+
+        own = self_positions(query_ids, key_ids)
+        k = min(config.top_k, len(key_ids))
+        search = ExactSearch(np.concatenate(parts), k, own, config.similarity_device)
+        async for first, vectors in embedded(embedder, texts, "key", config.key_batch_size, cache):
+            await asyncio.to_thread(search.add, first, vectors)
+            shown.advance(len(vectors))
+    return rankings(query_ids, key_ids, *search.result())
+
+
+def _identity(config: EmbedConfig, embedder: Embedder) -> str:
+    """All but the texts that affects a vector."""
+    from rmsearch.storage import uri
+    from rmsearch.storage.models import open_model
+
+    model = config.base_url or uri.digest(str(open_model(config.model_name)))
+    return f"{model} {config.model_name if config.base_url else ''} {config.dtype} {embedder.spec}"
+
+
+def _count(run: Run, embedder: Embedder, cache: VectorCache) -> None:
+    stats = embedder.stats
+    run.counts |= {"embedded": stats.scored, "cached": cache.found, "tokens": stats.tokens}
+    run.counts["truncated"] = stats.truncated
+    if stats.seconds > 0:
+        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
+    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
+
+
+if __name__ == "__main__":
+    main(embed)
