@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +182,16 @@ def test_put_if_absent(tmp_path: Path) -> None:
     assert lock.read_bytes() == b"1" and names_in(lock.parent) == ["lock"]
 
 
+def test_put_if_absent_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    lock = tmp_path / "lock"
+    assert uri.put_if_absent(str(lock), b"1") and not uri.put_if_absent(str(lock), b"2")
+    assert lock.read_bytes() == b"1" and names_in(tmp_path) == ["lock"]
+
+
 def test_faults_of_paths(tmp_path: Path) -> None:
     put(tmp_path / "file", b"")
     cases = [
@@ -228,7 +237,7 @@ def test_a_loop_of_links(tmp_path: Path) -> None:
             pass
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk() -> None:
     with pytest.raises(RetryableError, match="disk is full"), uri.writer("/dev/full") as stream:
         stream.write(b"x" * 5_000_000)
 
@@ -300,6 +309,5 @@ def test_start_is_light() -> None:
 
 
 def test_names_of_temp_files_do_not_outgrow_the_limit(tmp_path: Path) -> None:
-    started = time.monotonic()
     put(tmp_path / ("é" * 120), b"x")
-    assert time.monotonic() - started < 10 and len(names_in(tmp_path)) == 1
+    assert names_in(tmp_path) == ["é" * 120]

@@ -67,10 +67,10 @@ def fetch_folder(uri: str, keep: Callable[[str], bool] = lambda relative: True) 
     if MANIFEST in found:
         _check_manifest(uri, found)
     wanted = [item for name, item in sorted(found.items()) if keep(name) and name != MANIFEST]
-    if any(".." in PurePosixPath(item.relative).parts or item.relative.startswith("/") for item in wanted):
-        raise ConfigError(
-            "holds a key with '..', which would leave the folder", where=uri, remedy="Rename that object."
-        )
+    for item in wanted:
+        if item.relative.startswith("/") or ".." in PurePosixPath(item.relative).parts:
+            problem = f"the key {item.key!r} would be a file outside of the folder"
+            raise ConfigError(problem, where=uri, remedy="Rename that object.")
     state = hashlib.sha256("\n".join(f"{item.relative} {item.digest}" for item in wanted).encode()).hexdigest()
     bucket, key = s3.split(uri, key_needed=False)
     base = cache_folder() / state[:32]

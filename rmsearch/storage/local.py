@@ -82,11 +82,11 @@ def local_reader(uri: str) -> Iterator[BinaryIO]:
 
 def _behind_links(uri: str) -> Path:
     """The path with symlinks followed: the file behind a link is replaced, not the link."""
-    try:
-        with local_errors(uri):
-            return as_path(uri).resolve()
-    except RuntimeError as error:  # what pathlib raises for a loop of links
-        raise local_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), uri) from error
+    path = as_path(uri)
+    with local_errors(uri):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # says so for a loop of links, where resolve() differs between Python versions
+        return path.resolve()
 
 
 def make_folder(path: Path, uri: str) -> None:
@@ -210,20 +210,31 @@ def local_put_if_absent(uri: str, data: bytes) -> bool:
     real = _behind_links(uri)
     make_folder(real.parent, uri)
     temp, descriptor = _open_temp(real, uri)
-    try:
-        with local_errors(uri), os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with local_errors(uri):
+    with local_errors(uri):
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.link(temp, real)  # unlike a rename, a link fails when the name is taken
-    except RMSearchError as error:
-        if isinstance(error.__cause__, FileExistsError):
+        except FileExistsError:
             return False
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            temp.unlink()
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return _create(real, data)
+        finally:
+            temp.unlink(missing_ok=True)
+    return True
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """For mounts without hard links: one rival still wins, but a reader may see the file before its contents."""
+    try:
+        with path.open("xb") as stream:
+            stream.write(data)
+    except FileExistsError:
+        return False
     return True
 
 
