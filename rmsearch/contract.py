@@ -235,7 +235,9 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def infer_contract(folder: Path, name: str | None = None, spec: Template | None = None) -> Contract:
+def infer_contract(
+    folder: Path, name: str | None = None, spec: Template | None = None, *, headless: bool = False
+) -> Contract:
     """The contract of a released model that carries none; ``name`` is what the user called it.
 
     ModelError when the folder holds no reward model.
@@ -245,6 +247,10 @@ def infer_contract(folder: Path, name: str | None = None, spec: Template | None 
     if facts.classifier and facts.num_labels != 1:
         raise ModelError(
             f"the head has {facts.num_labels} labels, a reward model's has one", where=where, remedy=_TRAIN_REMEDY
+        )
+    if headless and not facts.classifier and spec is None:
+        raise ContractError(
+            f"the adapter has no {CONTRACT_FILE}, so its template is unknown", where=where, remedy="Name template=…"
         )
     chosen = spec or _inferred_template(facts, folder, where)
     length = min(ENCODER_LENGTH if facts.encoder else DECODER_LENGTH, facts.max_positions)
@@ -286,16 +292,18 @@ def resolve_contract(
     template_name: str | Template | None = None,
     max_length: int | None = None,
     contract_folder: Path | None = None,
+    headless: bool = False,
 ) -> Contract:
     """The contract to use the model in ``folder`` with, checked against its configuration and the user's wishes.
 
     contract_folder: where ``rmsearch.json`` lies when not beside the model, such as an adapter's folder.
+    headless: the folder is the base of an adapter that brings the head, so it needs none of its own.
     """
     asked = None if template_name is None else template(template_name)
     contract = read_contract(contract_folder or folder)
     where = name or str(folder)
     if contract is None:
-        contract = infer_contract(folder, name, asked)
+        contract = infer_contract(folder, name, asked, headless=headless)
     elif asked is not None and template_hash(asked) != contract.template_hash:
         raise ContractError(
             f"trained with the template {contract.template.name!r} ({contract.template_hash}), "

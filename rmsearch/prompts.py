@@ -111,7 +111,7 @@ class Renderer:
                 f"max_length {max_length} leaves no room: the template {spec.name!r} takes {self._frame.size} tokens",
                 remedy="Raise max_length or take a shorter template",
             )
-        self._texts = TextTokens(tokenizer, self.room, plain=spec.tokenization == "split")
+        self.texts = TextTokens(tokenizer, self.room, plain=spec.tokenization == "split")
         self._whole = own_tokenizer(tokenizer) if spec.tokenization == "joint" else None
 
     def _text_frame(self) -> Frame:
@@ -141,7 +141,7 @@ class Renderer:
 
     def prepare(self, queries: Sequence[str], keys: Sequence[str]) -> Prepared:
         """Tokenises the texts of a set of pairs once."""
-        return Prepared(self, queries, keys, self._texts(queries), self._texts(keys))
+        return Prepared(self, queries, keys, self.texts(queries), self.texts(keys))
 
     def shares(self, query: int, key: int) -> tuple[int, int]:
         """Tokens kept of a query and a key that have ``query`` and ``key`` tokens."""
@@ -219,6 +219,17 @@ class Prepared:
         if self._renderer.template.tokenization == "joint":
             return self._renderer.render_joint([(self._queries[q], self._keys[k]) for q, k in pairs])
         return [self._renderer.join(self._query_ids[q], self._key_ids[k]) for q, k in pairs]
+
+    def cut(self, query: int, key: int) -> tuple[str, str, bool]:
+        """The texts of a pair as far as their tokens fit, and whether that is less than all of them."""
+        sizes = len(self._query_ids[query]), len(self._key_ids[key])
+        kept = self._renderer.shares(*sizes)
+        texts = self._queries[query], self._keys[key]
+        fitting = [
+            text if room == size else self._renderer.texts.cut(text, room)
+            for text, size, room in zip(texts, sizes, kept, strict=True)
+        ]
+        return fitting[0], fitting[1], kept != sizes
 
 
 def _tokens_within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:

@@ -13,6 +13,7 @@ from rmsearch.errors import ConfigError, ModelError
 # Far above any real tokenizer's characters per token: a 100 MB key costs no more than the part that can be used.
 CHARACTERS_PER_TOKEN = 64
 CACHED_TOKENS = 8_000_000  # 4 bytes each
+_TEXTS_AT_ONCE = 256  # an encoding takes far more memory than its ids
 _ENTRY_COST = 64  # an entry costs about as much memory as 64 ids even when its text is short
 
 
@@ -44,8 +45,22 @@ class TextTokens:
 
     def _encode(self, texts: list[str]) -> list[array[int]]:
         most = self._limit + 1
-        cut = [text[: most * CHARACTERS_PER_TOKEN] for text in texts]
-        return [array("i", encoding.ids[:most]) for encoding in encode(self._tokens, cut, special=False)]
+        found: list[array[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            cut = [text[: most * CHARACTERS_PER_TOKEN] for text in texts[start : start + _TEXTS_AT_ONCE]]
+            found += [array("i", encoding.ids[:most]) for encoding in encode(self._tokens, cut, special=False)]
+        return found
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The beginning of a text that makes up its first ``tokens`` tokens."""
+        if tokens == 0:
+            return ""
+        with self._lock:
+            (encoding,) = encode(
+                self._tokens, [text[: (tokens + 1) * CHARACTERS_PER_TOKEN]], special=False, offsets=True
+            )
+        offsets = encoding.offsets
+        return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]]
 
     def _remember(self, encoded: dict[str, array[int]]) -> None:
         for text, ids in encoded.items():

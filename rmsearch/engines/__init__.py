@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from rmsearch.contract import Contract, resolve_contract
+from rmsearch.contract import Contract
+from rmsearch.engines.generation import Generation, Messages, Sampling
 from rmsearch.errors import ConfigError
-from rmsearch.prompts import Query, Renderer, Template
+from rmsearch.prompts import Query, Template
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +56,23 @@ class Embedder(Protocol):
     def close_sync(self) -> None: ...
 
 
+class Generator(Protocol):
+    """Answers chat messages."""
+
+    async def generate(
+        self,
+        messages_list: Sequence[Messages],
+        schema: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        choices: Sequence[str] | None = None,
+    ) -> list[Generation]:
+        """One answer each, in order."""
+
+    async def close(self) -> None: ...
+
+    def close_sync(self) -> None: ...
+
+
 def pick_engine(engine: str, base_url: str | None) -> Engine:
     """The engine to use; for "auto" the reason is logged. ConfigError for one that does not exist."""
     if engine not in get_args(Engine):
@@ -88,19 +105,6 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def open_reward_folder(model_name: str, lora: str | None) -> tuple[Path, Path | None]:
-    """(model folder, adapter folder); a ``model_name`` that is an adapter is opened with its base."""
-    from rmsearch.engines.heads import adapter_base, is_adapter
-    from rmsearch.storage.models import open_model
-
-    folder = open_model(model_name)
-    if not is_adapter(folder):
-        return folder, None if lora is None else open_model(lora)
-    if lora is not None:
-        raise ConfigError(f"{model_name} is an adapter itself", remedy="Give its base as model, or leave lora away")
-    return open_model(adapter_base(folder)), folder
-
-
 def load_scorer(
     model_name: str,
     *,
@@ -120,32 +124,33 @@ def load_scorer(
     """Loads a reward model: a folder, s3:// URI or name, a LoRA adapter folder, or a name on a server.
 
     dtype "auto": float32 on a CPU, the model's own on a GPU. max_length: tokens per pair, by default the contract's.
-    engine_options: further arguments of the engine (transformers: device; vllm: its engine arguments; http: timeout_s,
-    model, route). Errors: ConfigError, ModelError, ContractError, MissingExtraError, RetryableError.
+    max_batch_tokens: tokens in one pass of the model. concurrency: requests to a server at a time.
+    engine_options: further arguments of the engine (transformers: device; vllm: any engine argument of vLLM; http:
+    model, route, timeout_s, attempts). Raises ConfigError, ModelError, ContractError, MissingExtraError and, when a
+    server is out of reach, RetryableError.
     """
-    from rmsearch.engines.scheduler import PairScorer
+    chosen = pick_engine(engine, base_url)
+    from rmsearch.engines import loading
 
-    pick_engine(engine, base_url)
-    folder, adapter = open_reward_folder(model_name, lora)
-    from rmsearch.engines import transformers
+    if chosen == "http":
+        assert base_url is not None
+        wishes: dict[str, Any] = {"lora": lora, "template": template, "max_length": max_length}
+        return loading.http_scorer(model_name, base_url, concurrency=concurrency, options=engine_options, **wishes)
+    reward = loading.open_reward(model_name, lora, template, max_length)
+    if chosen == "transformers":
+        return loading.transformers_scorer(reward, dtype=dtype, batch_tokens=max_batch_tokens, options=engine_options)
+    sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
+    return loading.vllm_scorer(reward, dtype=dtype, arguments=vllm_arguments(*sizes) | engine_options)
 
-    transformers.require_torch()
-    contract = reward_contract(folder, adapter, model_name, template, max_length)
-    tokenizer = transformers.load_tokenizer(folder)
-    renderer = Renderer(tokenizer, contract.template, contract.max_length)
-    model = transformers.load_classifier(folder, tokenizer, contract, dtype=dtype, lora=adapter, **engine_options)
-    return PairScorer(transformers.scoring_backend(model, contract, tokenizer, max_batch_tokens), renderer, contract)
 
-
-def reward_contract(
-    folder: Path, adapter: Path | None, name: str, template: str | Template | None, max_length: int | None
-) -> Contract:
-    """The contract to use a model with: the adapter's own when it has one, else the model's."""
-    from rmsearch.contract import CONTRACT_FILE
-
-    own = adapter is not None and (adapter / CONTRACT_FILE).exists()
-    wishes: dict[str, Any] = {"name": name, "template_name": template, "max_length": max_length}
-    return resolve_contract(folder, contract_folder=adapter if own else folder, **wishes)
+def vllm_arguments(tensor: int, pipeline: int, data: int, batch_tokens: int | None) -> dict[str, Any]:
+    """vLLM's engine arguments for the parallel sizes and the tokens of one step (None: vLLM's default)."""
+    return {
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "data_parallel_size": data,
+        "max_num_batched_tokens": batch_tokens,
+    }
 
 
 def load_embedder(
@@ -165,25 +170,51 @@ def load_embedder(
     concurrency: int | None = None,
     **engine_options: Any,
 ) -> Embedder:
-    """Loads an embedding model. Instructions: see :func:`rmsearch.engines.embedding.prefixes`."""
-    from rmsearch.engines import transformers
-    from rmsearch.engines.embedding import TextEmbedder, pooled, resolve_embedding
-    from rmsearch.storage.models import open_model
+    """Loads an embedding model. Instructions: see :func:`rmsearch.engines.embedding.prefixes`; else as load_scorer."""
+    chosen = pick_engine(engine, base_url)
+    from rmsearch.engines import loading
 
-    pick_engine(engine, base_url)
-    transformers.require_torch()
-    folder = open_model(model_name)
-    spec = resolve_embedding(
-        folder,
-        model_name,
-        query_instruction=query_instruction,
-        key_instruction=key_instruction,
-        max_length=max_length,
-        pooling=pooling,
+    wishes = {
+        "query_instruction": query_instruction,
+        "key_instruction": key_instruction,
+        "max_length": max_length,
+        "pooling": pooling,
+    }
+    if chosen == "http":
+        assert base_url is not None
+        return loading.http_embedder(
+            model_name, base_url, concurrency=concurrency, wishes=wishes, options=engine_options
+        )
+    if chosen == "vllm":
+        sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
+        engine_options = vllm_arguments(*sizes) | engine_options
+    return loading.local_embedder(
+        chosen, model_name, dtype=dtype, batch_tokens=max_batch_tokens, wishes=wishes, options=engine_options
     )
-    tokenizer = transformers.load_tokenizer(folder)
-    model = transformers.load_encoder(folder, dtype=dtype, **engine_options)
-    backend = transformers.TransformersBackend(
-        model, pooled(spec.pooling), pad_token_id=tokenizer.pad_token_id or 0, batch_tokens=max_batch_tokens
-    )
-    return TextEmbedder(backend, tokenizer, spec)
+
+
+def load_generator(
+    model_name: str,
+    *,
+    engine: str = "auto",
+    dtype: str = "auto",
+    max_length: int | None = None,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    base_url: str | None = None,
+    max_batch_tokens: int | None = None,
+    concurrency: int | None = None,
+    **engine_options: Any,
+) -> Generator:
+    """Loads a language model that answers chat messages, or names one on a server. Options as for load_scorer."""
+    chosen = pick_engine(engine, base_url)
+    from rmsearch.engines import loading
+
+    if chosen == "http":
+        assert base_url is not None
+        return loading.http_generator(model_name, base_url, concurrency=concurrency, options=engine_options)
+    if chosen == "vllm":
+        sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
+        engine_options = vllm_arguments(*sizes) | engine_options
+    return loading.local_generator(chosen, model_name, dtype=dtype, max_length=max_length, options=engine_options)

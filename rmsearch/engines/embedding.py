@@ -140,17 +140,48 @@ def _own_pooling(folder: Path) -> Pooling | None:
     return chosen[0]  # type: ignore[return-value]
 
 
+class TokenInputs:
+    """Texts as token ids with the tokenizer's own special tokens, at most ``max_length`` of them."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._first, self._last = special_ends(tokenizer)
+        self._room = max_length - len(self._first) - len(self._last)
+        if self._room < 1:
+            raise ConfigError(f"max_length {max_length} leaves no room for text", remedy="Raise max_length")
+        self._tokens = TextTokens(tokenizer, self._room, plain=False)
+
+    def __call__(self, texts: list[str]) -> tuple[Sequence[Any], np.ndarray]:
+        """(model inputs, their lengths int64[n])."""
+        rendered = [self._render(ids) for ids in self._tokens(texts)]
+        return rendered, np.array([len(each.ids) for each in rendered])
+
+    def _render(self, ids: Sequence[int]) -> Rendered:
+        return Rendered([*self._first, *ids[: self._room], *self._last], None, len(ids) > self._room)
+
+
+class TextInputs:
+    """Texts as they are, for a server that tokenises itself; lengths are guessed from characters."""
+
+    def __call__(self, texts: list[str]) -> tuple[Sequence[Any], np.ndarray]:
+        """(model inputs, their lengths int64[n])."""
+        return [PlainText(text) for text in texts], np.array([len(text) // 4 + 1 for text in texts])
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """A text for a server; its tokens are not known here, so none are counted."""
+
+    text: str
+    truncated: bool = False
+    ids: tuple[int, ...] = ()
+
+
 class TextEmbedder(Dispatcher):
     """A backend that gives vectors, behind windows and token-budget batches: what ``load_embedder`` returns."""
 
-    def __init__(self, backend: Backend, tokenizer: Any, spec: EmbeddingSpec) -> None:
+    def __init__(self, backend: Backend, inputs: TokenInputs | TextInputs, spec: EmbeddingSpec) -> None:
         super().__init__(backend)
-        self.spec = spec
-        self._first, self._last = special_ends(tokenizer)
-        self._room = spec.max_length - len(self._first) - len(self._last)
-        if self._room < 1:
-            raise ConfigError(f"max_length {spec.max_length} leaves no room for text", remedy="Raise max_length")
-        self._tokens = TextTokens(tokenizer, self._room, plain=False)
+        self.spec, self._inputs = spec, inputs
 
     async def embed(self, texts: Sequence[str], kind: Kind = "key") -> np.ndarray:
         """float32[len(texts), d] vectors of unit length, in order; equal texts are embedded once."""
@@ -170,16 +201,11 @@ class TextEmbedder(Dispatcher):
 
     async def _jobs(self, texts: list[str]) -> AsyncIterator[Job]:
         for start in range(0, len(texts), WINDOW):
-            ids = await asyncio.to_thread(self._tokens, texts[start : start + WINDOW])
-            lengths = np.array([min(len(each), self._room) for each in ids]) + len(self._first) + len(self._last)
+            rendered, lengths = await asyncio.to_thread(self._inputs, texts[start : start + WINDOW])
             order = np.argsort(-lengths, kind="stable")
             for part in split_batches(lengths[order], self.backend.limits):
                 chosen = order[part]
-                yield Job(chosen + start, [self._render(ids[i]) for i in chosen])
-
-    def _render(self, ids: Sequence[int]) -> Rendered:
-        truncated = len(ids) > self._room
-        return Rendered([*self._first, *ids[: self._room], *self._last], None, truncated)
+                yield Job(chosen + start, [rendered[i] for i in chosen])
 
 
 def checked_text(text: object, kind: Kind, position: int) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import pickle
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +119,7 @@ def causal_to_classifier(folder: Path, out: Path, *, name: str | None = None) ->
         raise ModelError(f"{facts.architecture} needs no conversion", where=str(folder), remedy="Use it as it is")
     out.mkdir(parents=True, exist_ok=True)
     _copy_side_files(folder, out)
-    _write_shards(folder, out, head, tied_only=facts.causal)
+    _write_shards(folder, out, head)
     config = load_json(folder / "config.json")
     config["architectures"] = [facts.architecture.replace(_CAUSAL, _CLASSIFIER)]
     config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
@@ -136,7 +140,7 @@ def _copy_side_files(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _write_shards(folder: Path, out: Path, head: Any, *, tied_only: bool) -> None:
+def _write_shards(folder: Path, out: Path, head: Any) -> None:
     """Copies all tensors but the old heads, adds ``score.weight`` to the last shard, writes the index."""
     from safetensors.torch import load_file, save_file
 
@@ -155,6 +159,51 @@ def _write_shards(folder: Path, out: Path, head: Any, *, tied_only: bool) -> Non
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def classifier_folder(folder: Path, tokenizer: Any, name: str | None = None) -> Path:
+    """A folder that any engine loads as a sequence classifier: this one, or its conversion, made once and cached.
+
+    ModelError when the model has no head: engines other than transformers would start with a random one.
+    """
+    names = tensor_names(folder)
+    if any(f"{head}.weight" in names for head in HEAD_NAMES):
+        return folder
+    if foreign_head(folder, tokenizer) is None:
+        raise ModelError("has no reward head", where=str(folder), remedy="Train one with `rmsearch train lora`")
+    return _cached("classifiers", [folder], lambda out: causal_to_classifier(folder, out, name=name))
+
+
+def merged_folder(folder: Path, adapter: Path, tokenizer: Any, merge: Callable[[], Any]) -> Path:
+    """A folder with the adapter merged in, made once by ``merge() -> model`` and cached."""
+
+    def build(out: Path) -> None:
+        model = merge()
+        out.mkdir(parents=True)
+        model.save_pretrained(str(out))
+        tokenizer.save_pretrained(str(out))
+
+    return _cached("merged", [folder, adapter], build)
+
+
+def _cached(kind: str, sources: list[Path], build: Callable[[Path], object]) -> Path:
+    """``build(out)`` into the cache under the digest of its sources; another process may do the same meanwhile."""
+    from rmsearch.storage.folders import cache_folder
+    from rmsearch.storage.uri import digest
+
+    key = hashlib.sha256("".join(digest(str(source)) for source in sources).encode()).hexdigest()[:32]
+    target = cache_folder() / kind / key
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        out = Path(scratch) / "model"
+        build(out)
+        with contextlib.suppress(OSError):
+            out.rename(target)
+    if not target.exists():
+        raise ModelError("cannot be written", where=str(target), remedy="Set RMSEARCH_CACHE to a folder with room")
+    return target
 
 
 def is_adapter(folder: Path) -> bool:

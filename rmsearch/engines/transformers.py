@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from rmsearch.engines.heads import foreign_head, merge_adapter
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
 from rmsearch.prompts import Rendered
 
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
 
 
@@ -135,7 +137,7 @@ class ModelThread:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rmsearch-model")
 
-    async def __call__(self, work: Callable[[list[Any]], np.ndarray], batch: list[Any]) -> np.ndarray:
+    async def __call__(self, work: Callable[[Given], Result], batch: Given) -> Result:
         """Runs ``work(batch)``. A cancelled batch that has begun ends unseen."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, batch)
 
@@ -239,16 +241,31 @@ def load_encoder(folder: Path, *, dtype: str = "auto", device: str | None = None
     """The bare model in ``folder`` (no head) in eval mode on the device; ModelError when weights are missing."""
     from transformers import AutoModel
 
+    return _load_whole(AutoModel, folder, dtype, device, unused="pooler")
+
+
+def load_causal(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """The language model in ``folder`` in eval mode on the device; ModelError when weights are missing."""
+    from transformers import AutoModelForCausalLM
+
+    return _load_whole(AutoModelForCausalLM, folder, dtype, device, unused=None)
+
+
+def _load_whole(kind: Any, folder: Path, dtype: str, device: str | None, unused: str | None) -> Any:
     where = pick_device(device)
-    stored = model_facts(folder).dtype
+    chosen = pick_dtype(dtype, where, model_facts(folder).dtype)
     try:
         with quiet():
-            model, info = AutoModel.from_pretrained(
-                str(folder), dtype=pick_dtype(dtype, where, stored), output_loading_info=True, use_safetensors=True
+            model, info = kind.from_pretrained(
+                str(folder), dtype=chosen, output_loading_info=True, use_safetensors=True
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
-    missing = {name for name in info["missing_keys"] if "pooler" not in name}  # the pooler is not used
+    missing = {name for name in info["missing_keys"] if unused is None or unused not in name}
     if missing:
-        raise ModelError(f"these weights are missing: {', '.join(sorted(missing)[:4])}", where=str(folder))
+        raise ModelError(
+            f"these weights are missing: {', '.join(sorted(missing)[:4])}",
+            where=str(folder),
+            remedy="Copy the model folder again",
+        )
     return model.eval().to(where)
