@@ -10,14 +10,12 @@ from rmsearch.stage import Run, StageConfig, model, option, source, tuning
 from rmsearch.storage import uri as storage
 
 
-class DatasetFlags(StageConfig):
-    """Which data set and split."""
+class QrelsFlags(StageConfig):
+    """Which data set and split, for stages that need its qrels only."""
 
     dataset_path: str | None = source(
         None, 'BEIR folder, .zip or s3:// URI, "demo", or a BEIR name; what is not there is downloaded by its name.'
     )
-    queries: str | None = source(None, "Queries file (jsonl, csv, parquet; _id, text) in place of the data set's.")
-    corpus: str | None = source(None, "Corpus file (_id, title, text) in place of the data set's.")
     qrels: str | None = source(None, "Qrels file (query-id, corpus-id, score, or TREC's columns) in place of its own.")
     split: str = option("test", "Split of the data set: qrels/<split>.tsv.")
 
@@ -26,6 +24,13 @@ class DatasetFlags(StageConfig):
         path = self.dataset_path
         if path and "/" in path and not storage.is_s3(path) and not storage.exists(path):
             ensure_downloaded(path)
+
+
+class DatasetFlags(QrelsFlags):
+    """Which data set and split, with its texts."""
+
+    queries: str | None = source(None, "Queries file (jsonl, csv, parquet; _id, text) in place of the data set's.")
+    corpus: str | None = source(None, "Corpus file (_id, title, text) in place of the data set's.")
 
     def load(self, split: str | None = None) -> Beir:
         """The split (by default the one of the flag)."""
