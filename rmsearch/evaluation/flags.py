@@ -17,7 +17,7 @@ class QrelsFlags(StageConfig):
         None, 'BEIR folder, .zip or s3:// URI, "demo", or a BEIR name; what is not there is downloaded by its name.'
     )
     qrels: str | None = source(None, "Qrels file (query-id, corpus-id, score, or TREC's columns) in place of its own.")
-    split: str = option("test", "Split of the data set: qrels/<split>.tsv.")
+    split: str = option("test", "Split of the data set: its qrels/SPLIT.tsv.")
 
     def prepare(self) -> None:
         """A data set that is to be downloaded to a path must be there before it is digested."""

@@ -33,8 +33,9 @@ def ndcg(config: NdcgConfig, run: Run) -> None:
 
     Without flags it scores what the other stages write by default in this folder, on the data set that they used.
     """
+    named = config.named()
     qrels = _qrels(config)
-    result = evaluated(config, load_runs(config.named(), qrels), qrels)
+    result = evaluated(config, load_runs(named, qrels), qrels)
     if config.output:
         write_json(config.output, result, indent=1)
     show_table(result)
