@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,15 +122,16 @@ class Dispatcher:
             self._closed = True
             self.backend.close_sync()
 
-    async def run(self, jobs: AsyncIterator[Job]) -> AsyncGenerator[tuple[Job, np.ndarray], None]:
+    async def run(self, jobs: AsyncGenerator[Job, None]) -> AsyncGenerator[tuple[Job, np.ndarray], None]:
         """Sends jobs, at most ``in_flight`` at a time, and yields each with its values as it finishes."""
         tasks: set[asyncio.Task[tuple[Job, np.ndarray]]] = set()
         try:
-            async for job in jobs:
-                while len(tasks) >= self.backend.limits.in_flight:
-                    for task in await _finished(tasks):
-                        yield task.result()
-                tasks.add(asyncio.create_task(self._forward(job)))
+            async with aclosing(jobs):
+                async for job in jobs:
+                    while len(tasks) >= self.backend.limits.in_flight:
+                        for task in await _finished(tasks):
+                            yield task.result()
+                    tasks.add(asyncio.create_task(self._forward(job)))
             while tasks:
                 for task in await _finished(tasks):
                     yield task.result()

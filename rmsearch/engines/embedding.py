@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +199,7 @@ class TextEmbedder(Dispatcher):
             return np.empty((0, 0), dtype=np.float32)
         return unit(vectors)[np.array(numbers)] if self.spec.normalize else vectors[np.array(numbers)]
 
-    async def _jobs(self, texts: list[str]) -> AsyncIterator[Job]:
+    async def _jobs(self, texts: list[str]) -> AsyncGenerator[Job, None]:
         for start in range(0, len(texts), WINDOW):
             rendered, lengths = await asyncio.to_thread(self._inputs, texts[start : start + WINDOW])
             order = np.argsort(-lengths, kind="stable")

@@ -215,7 +215,9 @@ class TextPairs:
         """The pairs of texts."""
         if self._prepared is None:
             return [TextPair(self._queries[q], self._keys[k]) for q, k in pairs]
-        return [TextPair(*self._prepared.cut(q, k)) for q, k in pairs]
+        cut = [self._prepared.cut(q, k) for q, k in pairs]
+        # vLLM takes an empty text for none at all, and then leaves out its separator; a space is no token either
+        return [TextPair(query or " ", key or " ", truncated) for query, key, truncated in cut]
 
 
 class HTTPScoring:

@@ -7,7 +7,7 @@ Texts are interned and tokenised once; pairs are numbers until their batch is se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from itertools import islice
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class PairScorer(Dispatcher):
                 rewards[job.index] = values
         return rewards
 
-    async def _jobs(self, queries: Sequence[str], keys: Sequence[str], pairs: np.ndarray) -> AsyncIterator[Job]:
+    async def _jobs(self, queries: Sequence[str], keys: Sequence[str], pairs: np.ndarray) -> AsyncGenerator[Job, None]:
         """The batches of unique pairs (int64[n, 2]), window by window."""
         limits = self.backend.limits
         arranged = self._adjacent(pairs) if limits.prefix_cache else np.arange(len(pairs))
@@ -101,7 +101,7 @@ class PairScorer(Dispatcher):
         key_first = self.contract is not None and self.contract.order == "key_first"
         return np.argsort(pairs[:, 1 if key_first else 0], kind="stable")
 
-    async def _stream_jobs(self, pairs: Iterable[tuple[Query, str]]) -> AsyncIterator[Job]:
+    async def _stream_jobs(self, pairs: Iterable[tuple[Query, str]]) -> AsyncGenerator[Job, None]:
         source, offset, memory = iter(pairs), 0, Memory()
         while True:
             texts = await asyncio.to_thread(lambda at: Texts(islice(source, WINDOW), at), offset)
@@ -111,8 +111,9 @@ class PairScorer(Dispatcher):
             window = Window(texts, offset)
             offset += len(texts.inverse)
             fresh, again = memory.sort(window)
-            async for job in self._jobs(texts.queries, texts.keys, texts.pairs[fresh]):
-                yield Job(fresh[job.index], job.batch, window)
+            async with aclosing(self._jobs(texts.queries, texts.keys, texts.pairs[fresh])) as jobs:
+                async for job in jobs:
+                    yield Job(fresh[job.index], job.batch, window)
             if again:
                 yield Job(
                     np.array([item for item, *_ in again]), (), window, [(earlier, its) for _, earlier, its in again]
