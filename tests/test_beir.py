@@ -6,13 +6,12 @@ import gzip
 import hashlib
 import io
 import json
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from beir_host import Host, serving
 
 from rmsearch.datasets import download
 from rmsearch.datasets.beir import Document, load_beir, read_qrels
@@ -164,6 +163,21 @@ def test_missing_split_file_or_zip(folder: Path) -> None:
         load_beir(str(folder / "bad.zip"), "test")
 
 
+def test_s3_folder_and_zip(folder: Path, s3_bucket: str) -> None:
+    from rmsearch.storage import uri
+
+    uri.upload_folder(folder, f"{s3_bucket}/sets/tiny")
+    with uri.writer(f"{s3_bucket}/sets/packed.zip") as out:
+        out.write(zipped(folder))
+    expected = load_beir(str(folder), "test")
+    for place in (f"{s3_bucket}/sets/tiny", f"{s3_bucket}/sets/tiny/", f"{s3_bucket}/sets/packed.zip"):
+        assert load_beir(place, "test").digests == expected.digests
+    qrels = f"{s3_bucket}/sets/tiny/qrels/test.tsv"
+    assert load_beir(str(folder), "test", qrels=qrels).qrels == expected.qrels
+    with pytest.raises(InputMissingError, match="no such folder or object"):
+        load_beir(f"{s3_bucket}/sets/nothing", "test")
+
+
 def test_parts_are_named(folder: Path, tmp_path: Path) -> None:
     folder.rename(tmp_path / "tiny2")
     (tmp_path / "many").mkdir()
@@ -172,37 +186,13 @@ def test_parts_are_named(folder: Path, tmp_path: Path) -> None:
         load_beir(str(tmp_path / "many"), "test")
 
 
-class Host(ThreadingHTTPServer):
-    """A loopback mirror: answers each path with (status, body, content length or None)."""
-
-    answers: dict[str, list[tuple[int, bytes, int | None]]]
-    asked: list[str]
-
-
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            server.asked.append(self.path)
-            queue = server.answers.get(self.path, [(404, b"no", None)])
-            status, body, length = queue.pop(0) if len(queue) > 1 else queue[0]
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body) if length is None else length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = Host(("127.0.0.1", 0), Handler)
-    server.answers, server.asked = {}, []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv(download.BASE_URL_VARIABLE, f"http://127.0.0.1:{server.server_port}/sets")
     monkeypatch.setenv("RMSEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.01)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        monkeypatch.setenv(download.BASE_URL_VARIABLE, server.url)
+        yield server
 
 
 def test_download_to_a_missing_path_and_by_name(folder: Path, host: Host, tmp_path: Path) -> None:
