@@ -250,7 +250,7 @@ def _companion_lines(broken: dict[str, str]) -> list[Line]:
     if not names or "torch" in broken:
         return []
     remedy = f"They are not needed. Run: pip uninstall -y {' '.join(names)}"
-    found = f"built for another torch ({broken[names[0]]}); transformers and vLLM fail to import because of it"
+    found = f"built for another torch ({broken[names[0]]}); transformers and vLLM trip over it"
     return [Line("fail", " ".join(names), found, remedy)]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmsearch.errors import ContractError, ModelError
+from rmsearch.together import SMALL, Together
 from rmsearch.topk import require_finite
 from rmsearch.work import Work
 
@@ -36,6 +37,7 @@ class RewardModel:
     any_template: bool
     scorer: Scorer | None
     truncation_said: bool = False
+    together: Together | None = None
 
     def load(self) -> Scorer:
         """The scorer, with the template asked for. Raises what loading raises, and ContractError."""
@@ -57,7 +59,8 @@ class RewardModel:
     def scoring(
         self, work: Work, put: Put, checkpoint: str | None, advance: Callable[[int], None] | None = None
     ) -> Callable[[Scorer], Coroutine[Any, Any, None]]:
-        """The coroutine function that scores ``work`` with a scorer."""
+        """The coroutine function that scores ``work`` with a scorer. ``advance`` is told of scored pairs; without it,
+        results come as soon as the model has them, even those of little work."""
 
         async def run(scorer: Scorer) -> None:
             ordered = replace(work, key_first=getattr(scorer.contract, "order", None) == "key_first")
@@ -68,13 +71,27 @@ class RewardModel:
                 if advance is not None:
                     advance(len(positions))
 
-            if checkpoint is None:
+            little = (
+                len(work) <= SMALL and work.prompt is None
+            )  # a user's prompt function may be slow: not in this loop
+            if checkpoint is None and advance is not None and little:
+                await self._score_small(scorer, ordered, arrived)
+            elif checkpoint is None:
                 await _score_positions(scorer, ordered, None, arrived)
             else:
                 await self._resume(scorer, ordered, checkpoint, arrived)
             self._say_truncation(scorer)
 
         return run
+
+    async def _score_small(self, scorer: Scorer, work: Work, arrived: Callable[[np.ndarray, np.ndarray], None]) -> None:
+        """Score a few pairs, in one batch with those of other callers."""
+        import numpy as np
+
+        if self.together is None:
+            self.together = Together(scorer)
+        rewards = await self.together.score(list(work.texts()))
+        arrived(np.arange(len(work)), rewards)
 
     async def _resume(
         self, scorer: Scorer, work: Work, checkpoint: str, arrived: Callable[[np.ndarray, np.ndarray], None]
@@ -100,10 +117,14 @@ class RewardModel:
     def _facts(self, scorer: Scorer) -> dict[str, Any]:
         """Everything but the texts that a score depends on."""
         contract = scorer.contract
+        digest = _model_digest(self.name)
         facts = {
-            "model": _model_digest(self.name),
+            "model": digest,
+            "server": self.options.get("base_url")
+            if digest == self.name
+            else None,  # a name means what its server says
+            "options": {name: self.options.get(name) for name in ("dtype", "model", "quantization")},
             "lora": _model_digest(self.options.get("lora") or ""),
-            "dtype": self.options.get("dtype"),
             "template": self.template if self.prompt is None else "llm_template",
             "contract": None if contract is None else contract.model_dump(mode="json", exclude={"calibration"}),
         }

@@ -55,9 +55,10 @@ Result = dict[str, Any]
 class Search:
     """Ranks keys for queries with a reward model. One instance serves any number of concurrent callers and event loops.
 
-    model_name: a model folder, s3:// folder or hub name. The model loads at the first use (or in ``async with``), so
-    the constructor is cheap anywhere. engine: "auto", "transformers", "vllm" or "http" (with ``base_url``).
-    tensor_parallel_size, pipeline_parallel_size: GPUs of the vLLM engine. dtype: "auto" is the model's own.
+    model_name: a model folder, s3:// folder, hub name, or a server's name for its model. It loads at the first use (or
+    in ``async with``), so the constructor is cheap anywhere. engine: "auto", "transformers", "vllm" or "http" (with
+    ``base_url``). tensor_parallel_size, pipeline_parallel_size: GPUs of the vLLM engine. dtype: "auto" is the model's
+    own on a GPU, float32 on a CPU.
     max_length: tokens per pair (None: as trained); longer texts are cut by the template and counted in `stats`.
     template: name of the prompt template, for models that do not carry theirs. llm_template: such a name, or a function
     ``(query, key) -> str`` (for frames also ``(row) -> str``) that writes the whole prompt. lora: an adapter folder.
@@ -87,8 +88,9 @@ class Search:
         scorer: Scorer | None = None,
         **engine_options: Any,
     ) -> None:
-        if scorer is None and not model_name and not base_url:
-            raise InputError("model_name is missing", remedy='Name a reward model: Search("path/to/model")')
+        if scorer is None and not model_name:
+            as_served = "Name the model as its server does" if base_url else "Name a reward model"
+            raise InputError("model_name is missing", remedy=f'{as_served}: Search("…")')
         template, prompt = template_choice(template, llm_template)
         self._prompt = prompt
         self._by_row = prompt is not None and takes_row(prompt)
@@ -163,6 +165,7 @@ class Search:
             work = self._model.scoring(task.work, partial(_rank, board), checkpoint)
             future = self._engine.submit(work)
             waiter = asyncio.ensure_future(self._engine.wait(future))
+            waiter.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, even if nobody listens
             try:
                 async for done in _steps(waiter, board, 1 / updates_per_second):
                     yield SearchUpdate(done, total, False, task, board.snapshot())

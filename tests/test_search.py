@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,11 @@ class TableScorer:
             self.asked += [pair for _, pair in batch]
             yield np.array([i for i, _ in batch]), np.array([self.reward(*pair) for _, pair in batch], np.float32)
 
-    async def score(self, pairs: Any) -> Any: ...
+    async def score(self, pairs: Any) -> np.ndarray:
+        rewards = np.empty(len(pairs), np.float32)
+        async for at, values in self.stream(pairs):
+            rewards[at] = values
+        return rewards
 
     async def score_grid(self, queries: Any, keys: Any) -> Any: ...
 
@@ -607,6 +612,42 @@ async def test_cancelling_one_caller_leaves_the_others_alone() -> None:
         assert await search(QUERIES, KEYS, 2) == expected(QUERIES, KEYS, 2)
 
 
+async def test_small_calls_share_batches_and_nothing_else(encoder: str) -> None:
+    batches: list[int] = []
+
+    class Refusing(TableScorer):
+        async def score(self, pairs: Any) -> np.ndarray:
+            batches.append(len(pairs))
+            await asyncio.sleep(0.02)
+            if any(query == "refused" for query, _ in pairs):
+                raise ConfigError("this text is refused")
+            return await super().score(pairs)
+
+    async with Search(scorer=Refusing(length_reward)) as search:  # type: ignore[arg-type]
+        queries = [f"q{i}" if i % 40 else "refused" for i in range(100)]
+        calls = [asyncio.create_task(search([query], KEYS, 3)) for query in queries]
+        await asyncio.sleep(0.03)
+        calls[50].cancel()
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        for i, (query, results) in enumerate(zip(queries, done, strict=True)):
+            if query == "refused":
+                assert isinstance(results, ConfigError)
+            elif i == 50:
+                assert isinstance(results, asyncio.CancelledError)
+            else:
+                assert results == expected([query], KEYS, 3)
+    assert 6 < max(batches) <= 256
+
+    async with Search(encoder) as search:
+        calls = [
+            asyncio.create_task(search([query], ["price", "\ud800"][: 1 + i % 2]))
+            for i, query in enumerate(QUERIES * 8)
+        ]
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        for i, results in enumerate(done):
+            assert isinstance(results, ConfigError if i % 2 else list)
+
+
 async def test_breaking_out_of_a_stream_cancels_the_rest() -> None:
     scorer = TableScorer(length_reward, seconds=0.001)
     async with Search(scorer=scorer) as search:  # type: ignore[arg-type]
@@ -809,6 +850,49 @@ def test_killed_and_started_again(tmp_path: Path, encoder: str) -> None:
     for one, other in zip(first, second, strict=True):
         rewards = [[key["relevance"] for key in result["keys"]] for result in (one, other)]
         assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+
+
+# ---- a server
+
+
+class LengthServer(BaseHTTPRequestHandler):
+    """Answers /score as a vLLM server does; the reward is `length_reward`."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "served"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        pairs = zip(asked["text_1"], asked["text_2"], strict=True)
+        self._answer({"data": [{"index": i, "score": length_reward(*pair)} for i, pair in enumerate(pairs)]})
+
+    def _answer(self, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """No log."""
+
+
+async def test_a_model_behind_a_server(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LengthServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base_url, path = f"http://127.0.0.1:{server.server_port}", str(tmp_path / "scores")
+    async with Search("served", base_url=base_url) as search:
+        assert await search(QUERIES, KEYS, 3, checkpoint=path) == expected(QUERIES, KEYS, 3)
+        calls = (search([f"q{i}"], KEYS, 2) for i in range(64))
+        for i, results in enumerate(await asyncio.gather(*calls)):
+            assert results == expected([f"q{i}"], KEYS, 2)
+    server.shutdown()
+    gone = Search("served", base_url="http://127.0.0.1:9", attempts=1)  # nothing listens there
+    with pytest.raises(RetryableError):
+        await gone(QUERIES, KEYS)
+    gone.close()
+    with pytest.raises(InputError, match="as its server does"):
+        Search(base_url=base_url)
 
 
 # ---- vLLM
