@@ -12,7 +12,8 @@ FILLERS = ["old", "new", "red", "blue", "small", "large", "quick", "slow", "warm
 
 def write_beir(root: Path, *, keys: int = 40, queries: int = 24, seed: int = 0) -> Path:
     """``keys`` keys on ten topics; every query names a topic, its positives are the keys of that topic (grade 2 for
-    one of them). Half of the queries are dev, half are test; one key in ten is a copy of the one before."""
+    one of them). Half of the queries are dev, half are test; one key in ten is a copy of the one before, so the topic
+    "train" has no keys and its two test queries are judged by nobody."""
     rng = random.Random(seed)
     root.mkdir(parents=True, exist_ok=True)
     (root / "qrels").mkdir(exist_ok=True)

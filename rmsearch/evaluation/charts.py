@@ -22,11 +22,12 @@ def colour(i: int) -> str:
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from at or below ``low`` to at or above ``high``."""
-    span = max(high - low, 1e-9)
+    span = max(high - low, 0.01)
     rough = span / wanted
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough - 1e-12)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 

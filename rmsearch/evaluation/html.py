@@ -81,7 +81,8 @@ p { margin: 4px 0 12px; max-width: 75ch; } .soft { color: var(--soft); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
   margin: 12px 0; }
 .verdict { border-left: 5px solid var(--c0); font-size: 17px; } .verdict.up { border-left-color: var(--up); }
-.verdict.down { border-left-color: var(--down); } .card.verdict { color: inherit; } .verdict p { margin: 0; max-width: none; }
+.verdict.down { border-left-color: var(--down); }
+.card.verdict { color: inherit; } .verdict p { margin: 0; max-width: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
