@@ -59,6 +59,14 @@ def test_folder(folder: Path) -> None:
     assert beir.name == "tiny"
 
 
+def test_a_folder_may_be_written_in_many_ways(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    expected = load_beir(str(folder), "test").digests
+    for place in (".", "./", "../tiny", "./../tiny/", f"{folder}//", "~/tiny"):
+        assert load_beir(place, "test").digests == expected
+
+
 @pytest.mark.parametrize("top", ["tiny/", ""])
 def test_zip_is_read_in_place_and_has_the_folders_digests(folder: Path, top: str) -> None:
     (folder.parent / "packed.zip").write_bytes(zipped(folder, top))

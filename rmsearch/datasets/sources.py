@@ -99,8 +99,11 @@ class ZipFiles(Files):
 
 def folder_files(place: str) -> Files:
     """The files of a local folder or an S3 prefix."""
-    root = place.rstrip("/") if place != "/" else place
-    return Files(root, [found[len(root) :].lstrip("/") for found in storage.list_files(root)])
+    if storage.is_s3(place):
+        root = place.rstrip("/")
+        return Files(root, [found.removeprefix(f"{root}/") for found in storage.list_files(root)])
+    folder = Path(place).expanduser() if place.startswith("~/") else Path(place)
+    return Files(str(folder), [str(Path(found).relative_to(folder)) for found in storage.list_files(str(folder))])
 
 
 def one_file(place: str) -> tuple[Files, str]:
