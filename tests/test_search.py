@@ -842,9 +842,9 @@ def test_killed_and_started_again(tmp_path: Path, encoder: str) -> None:
     kept = journal.read_bytes().count(b"\n") - 1
     assert not (tmp_path / "results.json").exists() and 40 <= kept < 300
     again, whole = start("results.json", str(journal)), start("whole.json", str(tmp_path / "other"))
-    scored = int(again.communicate(timeout=120)[0])
+    scored = int(again.communicate(timeout=400)[0])
     assert scored == 300 - kept
-    assert int(whole.communicate(timeout=120)[0]) == 300
+    assert int(whole.communicate(timeout=400)[0]) == 300
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "whole.json"))
     assert ids(first) == ids(second)
     for one, other in zip(first, second, strict=True):
