@@ -92,7 +92,8 @@ td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywher
 .up { color: var(--up); } .down { color: var(--down); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--soft); margin: 2px 0 8px; }
-svg { display: block; width: 100%; height: auto; overflow: visible; } svg text { fill: var(--soft); font-size: 12px; }
+.card { overflow-x: auto; } svg { display: block; width: 100%; min-width: 620px; height: auto; overflow: visible; }
+svg text { fill: var(--soft); font-size: 12px; }
 svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
 svg .strong { fill: var(--text); font-weight: 600; }
 details { margin: 8px 0; } summary { cursor: pointer; } summary:hover { color: var(--c1); }

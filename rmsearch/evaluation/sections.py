@@ -58,9 +58,8 @@ def summary(result: Result) -> Markup:
     table = el("table", el("tr", (el("th", h) for h in head)), rows)
     means = {name: run["means"][PRIMARY] for name, run in runs.items()}
     chart = charts.interval_chart(means, {name: run["intervals"][PRIMARY] for name, run in runs.items()}, PRIMARY)
-    missing = [
-        f"{n} lacks {r['missing_queries']} queries, which count as 0." for n, r in runs.items() if r["missing_queries"]
-    ]
+    counts = {name: run["missing_queries"] for name, run in runs.items() if run["missing_queries"]}
+    missing = [f"{name} lacks {n} {'query' if n == 1 else 'queries'}, counted as 0." for name, n in counts.items()]
     note = (
         f"Against {result['baseline']}: p of Fisher's paired randomisation test ({result['permutations']:,} "
         f"permutations, two-sided{', Holm-adjusted' if len(runs) > 2 else ''}), and of the paired t-test. "
