@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 LINE_EVERY_SECONDS = 5.0
+
+
+def first_process() -> bool:
+    """Whether this is the only or first process of a distributed run."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def logfmt(event: str, **fields: Any) -> str:
@@ -29,7 +35,10 @@ def logfmt(event: str, **fields: Any) -> str:
 
 
 def say(event: str, **fields: Any) -> None:
-    """Print one line for people and log parsers on stderr (stdout is for results)."""
+    """Print one line for people and log parsers on stderr (stdout is for results). Of several processes that
+    ``accelerate launch`` started the first speaks for all."""
+    if not first_process():
+        return
     print(logfmt(event, **fields), file=sys.stderr, flush=True)
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmsearch import __version__
 from rmsearch.errors import ConfigError, RejectedError, RMSearchError
-from rmsearch.progress import Progress, progress, say
+from rmsearch.progress import Progress, first_process, progress, say
 
 if TYPE_CHECKING:
     from rmsearch.storage.journal import Journal
@@ -282,7 +282,7 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     started = time.monotonic()
     stage.function(config, run)
     run.seconds = time.monotonic() - started
-    if outputs:
+    if outputs and first_process():
         record = {
             "stage": stage.name,
             "fingerprint": run.fingerprint,

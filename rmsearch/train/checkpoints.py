@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rmsearch.contract import Contract, write_contract
 from rmsearch.errors import ConfigError
 
 MARKER = "rmsearch_checkpoint.json"
@@ -32,6 +33,7 @@ class Checkpoints:
         from rmsearch.storage.folders import cache_folder
 
         self.output, self.fingerprint, self.settings = output.rstrip("/"), fingerprint, settings
+        self.contract: Contract | None = None  # goes into every checkpoint, so that each can be converted and used
         self.remote = uri.is_s3(output)
         mark = hashlib.sha256(f"{self.output} {fingerprint}".encode()).hexdigest()[:24]
         self.work = cache_folder() / "training" / mark if self.remote else Path(output).expanduser()
@@ -78,6 +80,8 @@ class Checkpoints:
     def complete(self, step: int) -> None:
         """Marks checkpoint-``step`` as complete (and sends it to S3)."""
         folder = self.work / f"checkpoint-{step}"
+        if self.contract is not None:
+            write_contract(folder, self.contract)
         temp = folder / f"{MARKER}.tmp"
         temp.write_text(json.dumps({"fingerprint": self.fingerprint, "step": step}))
         temp.rename(folder / MARKER)

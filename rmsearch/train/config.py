@@ -68,12 +68,12 @@ class TrainingConfig(StageConfig):
     seed: int = option(42, "Of the order of pairs, new weights and dropout.", ge=0)
 
     evaluation_steps: int = option(40, "Evaluate every so many steps, and before the first and after the last.", ge=1)
-    max_eval_pairs: int = option(1000, "Evaluate on at most so many of the test pairs; 0: all.", ge=0)
+    max_eval_pairs: int = option(500, "Evaluate on at most so many of the test pairs; 0: all.", ge=0)
     dev_dataset_path: str | None = source(None, "BEIR data set for nDCG@10 while training (folder, zip, URI or name).")
     dev_split: str = option("dev", "Its split.")
     dev_embed_output: str | None = source(None, "First-stage run over that split: its candidates are scored.")
-    dev_top_k: int = option(50, "Candidates per dev query.", ge=1)
-    dev_queries: int = option(200, "Dev queries to use at most; 0: all.", ge=0)
+    dev_top_k: int = option(20, "Candidates per dev query.", ge=1)
+    dev_queries: int = option(100, "Dev queries to use at most; 0: all.", ge=0)
 
     save_steps: int = tuning(20, "Write a checkpoint every so many steps.", ge=1)
     save_total_limit: int = tuning(3, "Checkpoints to keep.", ge=2)

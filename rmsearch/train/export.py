@@ -59,11 +59,14 @@ def export_model(
 
 
 def _save_plain(model: Any, folder: Path, tokenizer: Any) -> None:
+    from rmsearch.engines.transformers import quiet
+
     config = model.config
     config.num_labels = 1
     config.use_cache = True
     config.problem_type = None
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 

@@ -80,9 +80,10 @@ def score_inputs(
     limit: int,
     autocast: Any = None,
     batch_tokens: int | None = None,
+    token_types: Sequence[list[int]] | None = None,
 ) -> np.ndarray:
     """Rewards, float32[n], of token-id inputs, sorted by length and batched by padded tokens. With several processes
-    each scores a part and all get the whole."""
+    each scores a part and all get the whole. token_types: per input, for models that were trained with them."""
     import torch
 
     device = next(model.parameters()).device
@@ -95,7 +96,12 @@ def score_inputs(
     try:
         with torch.inference_mode(), autocast() if autocast else contextlib.nullcontext():
             for rows in batches[rank::world]:
-                batch = {k: v.to(device) for k, v in padded([inputs[i] for i in rows], pad, limit).items()}
+                batch = padded([inputs[i] for i in rows], pad, limit)
+                if token_types is not None:
+                    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+                    for place, i in enumerate(rows):
+                        batch["token_type_ids"][place, : len(inputs[i])] = torch.tensor(token_types[i])
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 rewards[torch.from_numpy(rows).to(device)] = model(**batch).logits[:, 0].float()
     finally:
         model.train(training)
