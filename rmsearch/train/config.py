@@ -38,7 +38,9 @@ class TrainingConfig(StageConfig):
     )
     gradient_accumulation_steps: int = option(1, "Steps whose gradients are added up.", ge=1)
     num_train_epochs: float = option(3, "Passes over the pairs (upstream: 50, which overfits).", gt=0)
-    max_steps: int = option(-1, "Stop after so many steps; wins over the epochs.", ge=-1)
+    max_steps: int = option(
+        -1, "Stop after so many steps; wins over the epochs. 0: export the base with its new head, untrained.", ge=-1
+    )
     time_limit_minutes: float | None = tuning(None, "Stop after so long, keeping what is best so far.", gt=0)
     learning_rate: float | None = option(
         None, "Default: LoRA 5e-4 for encoders and 1e-4 for decoders, all weights 5e-5 and 1e-5.", gt=0

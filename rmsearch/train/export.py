@@ -75,7 +75,7 @@ def _save_adapter(model: Any, folder: Path, base_name: str | None) -> None:
         if base_name:
             each.base_model_name_or_path = base_name
         each.inference_mode = True
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # "auto" asks the hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
 
 

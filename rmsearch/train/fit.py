@@ -204,7 +204,7 @@ def train_model(
         flow.trainer, flow.bar = trainer, bar
         if resume is not None:
             _restore(run, trainer, evaluation, checkpoints, resume)
-        if not _is_over(trainer, resume):
+        if config.max_steps != 0 and not _is_over(trainer, resume):
             with stop.watching():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), trainer

@@ -185,6 +185,7 @@ def trainer_type() -> Any:
                 limit=self.limit,
                 autocast=self.accelerator.autocast,
                 batch_tokens=tokens,
+                shared=True,
             )
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

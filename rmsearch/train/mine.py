@@ -25,8 +25,11 @@ class MineConfig(DatasetFlags):
 
     runs: list[str] | None = source(None, "First-stage runs over the split (embed's or bm25's --output or eval file).")
     model_name: str | None = model(None, "Embedding model that ranks here, when there is no run file.")
+    centroids: bool = option(False, "Rank by similarity to the keys' other labelled queries, too (needs --model-name).")
     bm25: bool = option(False, "Rank with BM25 here, too.")
-    run_weights: list[float] | None = option(None, "Weights of runs, model and BM25, in that order, for the margins.")
+    run_weights: list[float] | None = option(
+        None, "Weights of runs, model, centroids and BM25, in that order, for the margins."
+    )
 
     output: str = target(..., "Preference pairs to write (.json, .jsonl, .csv, .parquet, each also .gz).")
     negatives_per_positive: int = option(4, "Pairs per positive.", ge=1)
@@ -46,6 +49,7 @@ class MineConfig(DatasetFlags):
     positives: int = option(0, "Positives to take, in random order; 0: each once; more than there are: several rounds.")
     balance: float = option(1.0, "1: positives as frequent as in the data; 0: every key equally often.", ge=0, le=1)
     margin_scale: float = option(0.0, "Give pairs a margin: this times the rankings' score difference; 0: none.", ge=0)
+    margin_max: float = option(6.0, "Margins are cut here.", gt=0)
     seed: int = option(42, "Of all choices.", ge=0)
 
     @field_validator("runs", "run_weights", mode="before")
@@ -88,6 +92,7 @@ def mine(config: MineConfig, run: Run) -> None:
         similar_share=config.similar_query_share,
         max_relative_score=config.max_relative_score or None,
         margin_scale=config.margin_scale,
+        margin_max=config.margin_max,
         weights=weights,
     )
     miner = Miner(beir, rankings, similar, rules)
@@ -108,6 +113,8 @@ def _check(config: MineConfig) -> None:
         raise ConfigError("is below --rank-min", where="--rank-max")
     if config.random_share + config.similar_query_share > 1:
         raise ConfigError("add up to more than 1", where="--random-share and --similar-query-share")
+    if config.centroids and not config.model_name:
+        raise ConfigError("needs --model-name to compare queries", where="--centroids")
     if config.similar_query_share and not config.model_name:
         raise ConfigError("needs --model-name to compare queries", where="--similar-query-share")
     if config.pairs and config.dataset_path:
@@ -135,15 +142,15 @@ def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]
     from rmsearch.train.rankings import bm25_ranking, embed_ranking, read_rankings
 
     asked = {anchor.query_id for anchor in anchors}
-    if not config.similar_query_share:  # only the queries that are used need a ranking
+    if not config.similar_query_share and not config.centroids:  # only the queries that are used need a ranking
         beir = replace(beir, queries={query: text for query, text in beir.queries.items() if query in asked})
     rankings = read_rankings(config.runs or [], beir)
     similar: dict[str, Any] = {}
     if config.model_name:
         positives = list(dict.fromkeys((a.query_id, a.key_id, a.text) for a in anchors))
         near = config.similar_queries if config.similar_query_share else 0
-        found = embed_ranking(beir, config.model_name, config.rank_max, positives, near, run)
-        rankings.append(found.ranking)
+        found = embed_ranking(beir, config.model_name, config.rank_max, positives, near, config.centroids, run)
+        rankings += found.rankings
         similar = dict(found.similar)
     if config.bm25:
         rankings.append(bm25_ranking(beir, config.rank_max))

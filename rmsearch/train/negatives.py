@@ -28,6 +28,7 @@ class Rules:
     similar_share: float
     max_relative_score: float | None
     margin_scale: float
+    margin_max: float
     weights: Sequence[float]
 
 
@@ -118,7 +119,7 @@ class Miner:
         return [key for query in near for key in self.beir.positives(query)]
 
     def _margin(self, anchor: Anchor, key: str) -> float | None:
-        """The first stages' difference between positive and negative, weighted and scaled; at least 0."""
+        """The first stages' difference between positive and negative, weighted, scaled, and cut to 0 … margin_max."""
         if not self.rules.margin_scale:
             return None
         difference = 0.0
@@ -127,7 +128,7 @@ class Miner:
             positive = ranking.positive.get((query, anchor.key_id))
             above = ranking.of(query, anchor.key_id) if positive is None else positive
             difference += weight * (above - ranking.of(query, key))
-        return round(max(0.0, self.rules.margin_scale * difference), 6)
+        return round(min(max(0.0, self.rules.margin_scale * difference), self.rules.margin_max), 6)
 
 
 def choose_anchors(anchors: Sequence[Anchor], wanted: int, balance: float, rng: np.random.Generator) -> list[Anchor]:

@@ -67,25 +67,38 @@ def bm25_ranking(beir: Beir, top_k: int) -> Ranking:
 
 @dataclass
 class Embedded:
-    """An embedding model's ranking, and for each query the others that are most like it."""
+    """An embedding model's rankings (by key texts; by the keys' other queries), and each query's most similar ones."""
 
-    ranking: Ranking
+    rankings: list[Ranking]
     similar: Mapping[str, Sequence[str]] = field(repr=False, default_factory=dict)
 
 
 def embed_ranking(
-    beir: Beir, model: str, top_k: int, positives: Sequence[tuple[str, str, str]], similar: int, run: Run
+    beir: Beir,
+    model: str,
+    top_k: int,
+    positives: Sequence[tuple[str, str, str]],
+    similar: int,
+    centroids: bool,
+    run: Run,
 ) -> Embedded:
     """Exact top-k by an embedding model.
 
     positives: (query id, key id, text) whose scores are wanted even below the cut; the text is embedded as given.
-    similar: how many of the most similar other queries to find per query (0: none).
+    similar: how many of the most similar other queries to find per query (0: none). centroids: also rank by
+    `centroid_ranking`.
     """
-    return asyncio.run(_embed(beir, model, top_k, positives, similar, run))
+    return asyncio.run(_embed(beir, model, top_k, positives, similar, centroids, run))
 
 
 async def _embed(
-    beir: Beir, model: str, top_k: int, positives: Sequence[tuple[str, str, str]], similar: int, run: Run
+    beir: Beir,
+    model: str,
+    top_k: int,
+    positives: Sequence[tuple[str, str, str]],
+    similar: int,
+    centroids: bool,
+    run: Run,
 ) -> Embedded:
     from rmsearch.engines import load_embedder
     from rmsearch.evaluation.first_stage import rankings, self_positions
@@ -115,11 +128,48 @@ async def _embed(
     for query, key, text in positives:
         vector = extra[at_text[text]] if text in at_text else keys[at_key[key]]
         pairs[query, key] = float(queries[at_query[query]] @ vector)
-    ranking = Ranking(model, rankings(query_ids, key_ids, *best), pairs)
+    found = [Ranking(model, rankings(query_ids, key_ids, *best), pairs)]
+    if centroids:
+        found.append(centroid_ranking(beir, query_ids, queries, top_k))
     if not similar or len(query_ids) < 2:
-        return Embedded(ranking)
+        return Embedded(found)
     near, _ = top_positions(queries, queries, min(similar, len(query_ids) - 1), list(range(len(query_ids))))
-    return Embedded(ranking, {q: [query_ids[i] for i in row] for q, row in zip(query_ids, near, strict=True)})
+    return Embedded(found, {q: [query_ids[i] for i in row] for q, row in zip(query_ids, near, strict=True)})
+
+
+def centroid_ranking(beir: Beir, query_ids: Sequence[str], queries: np.ndarray, top_k: int) -> Ranking:
+    """Ranks the labelled keys by the cosine of a query with the mean of each key's *other* queries.
+
+    queries: unit vectors float32[len(query_ids), dim]. Leaving the query itself out is what makes this a fair teacher:
+    with it, its own key would always win. A key without another query scores 0.
+    """
+    from rmsearch.evaluation.first_stage import rankings
+
+    key_ids = sorted({key for query in query_ids for key in beir.positives(query)})
+    at_key = _places(key_ids)
+    total = np.zeros((len(key_ids), queries.shape[1]), np.float32)
+    for query, vector in zip(query_ids, queries, strict=True):
+        for key in beir.positives(query):
+            total[at_key[key]] += vector
+    k = min(top_k, len(key_ids))
+    best, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+    own = {}
+    for start in range(0, len(queries), BLOCK):
+        block = slice(start, start + BLOCK)
+        similarities = queries[block] @ _units(total).T
+        for row, query in enumerate(query_ids[block]):
+            vector = queries[start + row]
+            for key in beir.positives(query):
+                value = float(_units(total[at_key[key]] - vector) @ vector)
+                similarities[row, at_key[key]] = own[query, key] = value
+        best[block] = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+        scores[block] = np.take_along_axis(similarities, best[block], axis=1)
+    return Ranking("centroids", rankings(list(query_ids), key_ids, best, scores), own)
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+    """Rows at length 1; rows of (nearly) nothing stay as they are."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
 
 
 def _places(names: Sequence[str]) -> dict[str, int]:

@@ -81,14 +81,17 @@ def score_inputs(
     autocast: Any = None,
     batch_tokens: int | None = None,
     token_types: Sequence[list[int]] | None = None,
+    shared: bool = False,
 ) -> np.ndarray:
-    """Rewards, float32[n], of token-id inputs, sorted by length and batched by padded tokens. With several processes
-    each scores a part and all get the whole. token_types: per input, for models that were trained with them."""
+    """Rewards, float32[n], of token-id inputs, sorted by length and batched by padded tokens.
+
+    token_types: per input, for models that were trained with them. shared: all processes of a distributed run call
+    this together; each scores a part and all get the whole."""
     import torch
 
     device = next(model.parameters()).device
     budget = batch_tokens or BATCH_TOKENS.get(device.type, 65536)
-    rank, world = _process()
+    rank, world = _process() if shared else (0, 1)
     rewards = torch.zeros(len(inputs), dtype=torch.float32, device=device)
     batches = _by_length(inputs, budget)
     training = model.training
