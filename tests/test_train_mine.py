@@ -19,7 +19,7 @@ from rmsearch.stage import execute
 from rmsearch.train.anchors import Anchor, as_claim, from_pairs, pseudo
 from rmsearch.train.mine import mine
 from rmsearch.train.negatives import Miner, Rules, choose_anchors
-from rmsearch.train.rankings import Ranking
+from rmsearch.train.rankings import Ranking, centroid_ranking
 
 RULES: dict[str, Any] = {
     "per_positive": 2,
@@ -29,6 +29,7 @@ RULES: dict[str, Any] = {
     "similar_share": 0.0,
     "max_relative_score": None,
     "margin_scale": 0.0,
+    "margin_max": 5.0,
     "weights": [1.0],
 }
 
@@ -85,7 +86,21 @@ def test_margins_are_weighted_score_differences() -> None:
     margins = dict(miner.negatives(Anchor("q", "k0", "k0"), np.random.default_rng(0)))
     assert margins["k2"] == pytest.approx(10 * (0.1 + 0.1 * 3))
     assert margins["k1"] == pytest.approx(10 * (-0.05 + 0.1 * 4))
-    assert all(margin is not None and margin >= 0 for margin in margins.values())
+    assert all(margin is not None and 0 <= margin <= 5 for margin in margins.values())
+    assert max(margin for margin in margins.values() if margin is not None) == 5.0  # k5 would have 10 * (0.4 + 0.1 * 4)
+
+
+def test_centroids_leave_the_query_itself_out() -> None:
+    corpus = {key: Document("", key) for key in ("a", "b", "unused")}
+    relevant = {"a1": {"a": 1}, "a2": {"a": 1}, "b1": {"b": 1}}
+    data = Beir("x", "train", {query: query for query in relevant}, corpus, relevant)
+    vectors = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
+    ranking = centroid_ranking(data, list(data.queries), vectors, top_k=2)
+    assert ranking.of("a1", "a") == pytest.approx(0.6)  # only a2 is left
+    assert ranking.of("a2", "a") == pytest.approx(0.6)
+    assert ranking.of("a2", "b") == pytest.approx(0.8)
+    assert ranking.of("b1", "b") == pytest.approx(0.0)  # no other query
+    assert list(ranking.scores["a2"]) == ["b", "a"] and "unused" not in ranking.scores["a1"]
 
 
 def test_balance_makes_keys_equally_frequent() -> None:
