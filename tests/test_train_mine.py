@@ -19,7 +19,16 @@ from rmsearch.stage import execute
 from rmsearch.train.anchors import Anchor, as_claim, from_pairs, pseudo
 from rmsearch.train.mine import mine
 from rmsearch.train.negatives import Miner, Rules, choose_anchors
-from rmsearch.train.rankings import Ranking, centroid_ranking
+from rmsearch.train.rankings import (
+    Bm25Ranker,
+    CentroidRanker,
+    RunRanker,
+    VectorRanker,
+    Vectors,
+    best_positions,
+    places,
+    similar_queries,
+)
 
 RULES: dict[str, Any] = {
     "per_positive": 2,
@@ -52,10 +61,10 @@ def drawn(
 ) -> Counter[str]:
     corpus = {f"k{i}": Document("", f"text {i}") for i in range(30)} | {"copy": Document("", "text 0")}
     data = Beir("x", "train", {"q": "query"}, corpus, {"q": positives})
-    miner = Miner(data, [Ranking("first", {"q": ranking})], {}, Rules(**(RULES | rules)))
-    rng = np.random.default_rng(0)
-    anchor = Anchor("q", "k0", "text 0")
-    return Counter(key for _ in range(draws) for key, _ in miner.negatives(anchor, rng))
+    ranker = RunRanker("first", {"q": ranking}, places(sorted(corpus)))
+    miner = Miner(data, [ranker], {}, Rules(**(RULES | rules)))
+    anchors = [Anchor("q", "k0", "text 0")] * draws
+    return Counter(key for _, key, _ in miner.mine(anchors, np.random.default_rng(0)))
 
 
 RANKING = {"k1": 0.95, "k0": 0.9, "copy": 0.89, "k2": 0.8, "k3": 0.7, "k4": 0.6, "k5": 0.5}
@@ -80,27 +89,54 @@ def test_random_negatives_have_their_share() -> None:
 def test_margins_are_weighted_score_differences() -> None:
     corpus = {key: Document("", key) for key in RANKING}
     data = Beir("x", "train", {"q": "query"}, corpus, {"q": {"k0": 1}})
-    second = Ranking("second", {"q": {"k2": 2.0, "k3": 1.0}}, {("q", "k0"): 5.0})
+    place = places(sorted(corpus))
+    first, second = (
+        RunRanker("1", {"q": RANKING}, place),
+        RunRanker("2", {"q": {"k0": 5.0, "k2": 2.0, "k3": 1.0}}, place),
+    )
     rules = Rules(**(RULES | {"margin_scale": 10.0, "weights": [1.0, 0.1], "per_positive": 6}))
-    miner = Miner(data, [Ranking("first", {"q": RANKING}), second], {}, rules)
-    margins = dict(miner.negatives(Anchor("q", "k0", "k0"), np.random.default_rng(0)))
+    miner = Miner(data, [first, second], {}, rules)
+    margins = {key: margin for _, key, margin in miner.mine([Anchor("q", "k0", "k0")], np.random.default_rng(0))}
     assert margins["k2"] == pytest.approx(10 * (0.1 + 0.1 * 3))
-    assert margins["k1"] == pytest.approx(10 * (-0.05 + 0.1 * 4))
+    assert margins["k1"] == pytest.approx(10 * (-0.05 + 0.1 * 4))  # not in the second run: its lowest score
     assert all(margin is not None and 0 <= margin <= 5 for margin in margins.values())
     assert max(margin for margin in margins.values() if margin is not None) == 5.0  # k5 would have 10 * (0.4 + 0.1 * 4)
 
 
+def test_bm25_of_a_key_and_of_its_text_agree() -> None:
+    corpus = {
+        "a": Document("Salt", "harms mice in cages"),
+        "b": Document("", "trains run late"),
+        "c": Document("", "salt"),
+    }
+    data = Beir("x", "train", {"q": "does salt harm mice?"}, corpus, {"q": {"a": 1}})
+    ranker = Bm25Ranker(data)
+    scores = ranker.block(["q"])[0]
+    assert scores[0] == pytest.approx(ranker.of_text("q", "Salt harms mice in cages"), rel=1e-5)
+    assert 0 < scores[2] < scores[0] < 1 and scores[1] == -np.inf
+    assert best_positions(scores, 3).tolist() == [0, 2]
+
+
 def test_centroids_leave_the_query_itself_out() -> None:
-    corpus = {key: Document("", key) for key in ("a", "b", "unused")}
-    relevant = {"a1": {"a": 1}, "a2": {"a": 1}, "b1": {"b": 1}}
-    data = Beir("x", "train", {query: query for query in relevant}, corpus, relevant)
-    vectors = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
-    ranking = centroid_ranking(data, list(data.queries), vectors, top_k=2)
-    assert ranking.of("a1", "a") == pytest.approx(0.6)  # only a2 is left
-    assert ranking.of("a2", "a") == pytest.approx(0.6)
-    assert ranking.of("a2", "b") == pytest.approx(0.8)
-    assert ranking.of("b1", "b") == pytest.approx(0.0)  # no other query
-    assert list(ranking.scores["a2"]) == ["b", "a"] and "unused" not in ranking.scores["a1"]
+    corpus = {name: Document("", name) for name in "abc"}
+    queries = {f"q{i}": f"query {i}" for i in range(3)}
+    data = Beir("x", "train", queries, corpus, {"q0": {"a": 1}, "q1": {"a": 1}, "q2": {"b": 1}})
+    asked = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
+    ranker = CentroidRanker(data, asked)
+    scores = ranker.block(["q0", "q2"])
+    assert scores[0, 0] == pytest.approx(0.6)  # only q1 is left of a's centroid
+    assert scores[1, 1] == 0 and scores[0, 1] == 0  # b has no other query; q2 is orthogonal to q0
+    assert scores[1, 0] == pytest.approx(0.8 / np.linalg.norm([1.6, 0.8]), rel=1e-5)
+    assert scores[0, 2] == -np.inf  # nobody asked for c
+    assert similar_queries(list(queries), asked, 1) == {"q0": ["q1"], "q1": ["q2"], "q2": ["q1"]}
+
+
+def test_changed_texts_have_their_own_similarity() -> None:
+    data = Beir("x", "train", {"q": "query"}, {"a": Document("", "a")}, {"q": {"a": 1}})
+    one, other = np.array([[1, 0]], np.float32), np.array([[0.6, 0.8]], np.float32)
+    ranker = VectorRanker("model", data, Vectors(one, one, other, ["cut"]))
+    assert ranker.block(["q"])[0, 0] == 1 and ranker.of_text("q", "cut") == pytest.approx(0.6)
+    assert ranker.of_text("q", "other") is None
 
 
 def test_balance_makes_keys_equally_frequent() -> None:

@@ -62,6 +62,9 @@ class TrainingConfig(StageConfig):
     )
     lora_targets: str = option("auto", "Linear layers by name, comma-separated; auto: all of attention and MLP.")
     lora_layers: str = option("all", "all, last-N, 25,26,27 or 13-27 (upstream: 25,26,27, whatever the model).")
+    pooler: Literal["keep", "new", "identity"] = option(
+        "keep", "An encoder's pooler starts from the base's weights, anew, or as the identity; it is trained in full."
+    )
     train_embeddings: bool = option(True, "With --lora-r 0: train the embeddings too.")
     dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto", "bf16: forward and backward in bfloat16 autocast; auto: bf16 where the machine is fast at it."

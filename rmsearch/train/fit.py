@@ -142,9 +142,10 @@ def _count(run: Run, train: Encoded, test: Encoded | None) -> None:
 
 def wrap(config: TrainingConfig, base: Base) -> Any:
     """The base as it is trained: with LoRA, or with its own weights (all or some layers) learning."""
-    from rmsearch.train.model import freeze_outside, lora_config, set_dropout
+    from rmsearch.train.model import freeze_outside, lora_config, set_dropout, start_pooler
 
     set_dropout(base.model, config.dropout)
+    start_pooler(base.model, config.pooler)
     if not config.lora_r:
         freeze_outside(base.model, config.lora_layers, embeddings=config.train_embeddings)
         return base.model

@@ -48,8 +48,13 @@ class MineConfig(DatasetFlags):
     )
     positives: int = option(0, "Positives to take, in random order; 0: each once; more than there are: several rounds.")
     balance: float = option(1.0, "1: positives as frequent as in the data; 0: every key equally often.", ge=0, le=1)
-    margin_scale: float = option(0.0, "Give pairs a margin: this times the rankings' score difference; 0: none.", ge=0)
-    margin_max: float = option(6.0, "Margins are cut here.", gt=0)
+    margin_scale: float = option(
+        0.0,
+        "Give pairs a margin in rewards: this times the rankings' weighted score difference, from 0 up to "
+        "--margin-max; 0: none. 8 suits cosines.",
+        ge=0,
+    )
+    margin_max: float = option(6.0, "Largest margin.", gt=0)
     seed: int = option(42, "Of all choices.", ge=0)
 
     @field_validator("runs", "run_weights", mode="before")
@@ -99,9 +104,12 @@ def mine(config: MineConfig, run: Run) -> None:
     with run.progress(len(anchors), "positives") as bar:
 
         def pairs() -> Iterator[dict[str, Any]]:
-            for anchor in anchors:
-                yield from _records(miner, anchor, rng)
-                bar.advance(1)
+            last = None
+            for anchor, key, margin in miner.mine(anchors, rng):
+                if anchor is not last:
+                    bar.advance(1)
+                    last = anchor
+                yield _record(beir, anchor, key, margin)
 
         written = write_records(config.output, pairs())
     run.counts |= {"pairs": written, "positives": len(anchors), "positives_found": found}
@@ -139,36 +147,44 @@ def _anchors(config: MineConfig) -> tuple[Any, list[Anchor]]:
 def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]) -> tuple[list[Any], dict[str, Any]]:
     from dataclasses import replace
 
-    from rmsearch.train.rankings import bm25_ranking, embed_ranking, read_rankings
+    from rmsearch.train.rankings import (
+        Bm25Ranker,
+        CentroidRanker,
+        VectorRanker,
+        embed_all,
+        read_rankings,
+        similar_queries,
+    )
 
-    asked = {anchor.query_id for anchor in anchors}
-    if not config.similar_query_share and not config.centroids:  # only the queries that are used need a ranking
+    if not (config.similar_query_share or config.centroids):  # only queries that are used need a ranking
+        asked = {anchor.query_id for anchor in anchors}
         beir = replace(beir, queries={query: text for query, text in beir.queries.items() if query in asked})
-    rankings = read_rankings(config.runs or [], beir)
+    rankers: list[Any] = read_rankings(config.runs or [], beir)
     similar: dict[str, Any] = {}
     if config.model_name:
-        positives = list(dict.fromkeys((a.query_id, a.key_id, a.text) for a in anchors))
-        near = config.similar_queries if config.similar_query_share else 0
-        found = embed_ranking(beir, config.model_name, config.rank_max, positives, near, config.centroids, run)
-        rankings += found.rankings
-        similar = dict(found.similar)
+        changed = dict.fromkeys(a.text for a in anchors if a.text != beir.key_text(a.key_id))
+        vectors = embed_all(beir, config.model_name, list(changed), run)
+        rankers.append(VectorRanker(config.model_name, beir, vectors))
+        if config.similar_query_share:
+            similar = similar_queries(list(beir.queries), vectors.queries, config.similar_queries)
+        if config.centroids:
+            rankers.append(CentroidRanker(beir, vectors.queries))
     if config.bm25:
-        rankings.append(bm25_ranking(beir, config.rank_max))
-    return rankings, similar
+        rankers.append(Bm25Ranker(beir))
+    return rankers, similar
 
 
-def _records(miner: Any, anchor: Anchor, rng: Any) -> Iterator[dict[str, Any]]:
-    for key, margin in miner.negatives(anchor, rng):
-        document = miner.beir.corpus[key]
-        record = {
-            "query": miner.beir.queries[anchor.query_id],
-            "chosen_key": anchor.text,
-            "rejected_key": document.text.strip() if anchor.bare else document.key,
-            "query_id": anchor.query_id,
-            "chosen_key_id": anchor.key_id,
-            "rejected_key_id": key,
-        }
-        yield record if margin is None else record | {"margin": margin}
+def _record(beir: Any, anchor: Anchor, key: str, margin: float | None) -> dict[str, Any]:
+    document = beir.corpus[key]
+    record = {
+        "query": beir.queries[anchor.query_id],
+        "chosen_key": anchor.text,
+        "rejected_key": document.text.strip() if anchor.bare else document.key,
+        "query_id": anchor.query_id,
+        "chosen_key_id": anchor.key_id,
+        "rejected_key_id": key,
+    }
+    return record if margin is None else record | {"margin": margin}
 
 
 if __name__ == "__main__":

@@ -252,6 +252,23 @@ def freeze_outside(model: Any, layers: str, *, embeddings: bool) -> None:
             parameter.requires_grad_(embeddings and len(picked) == count)
 
 
+def start_pooler(model: Any, how: str, std: float = 0.02) -> None:
+    """Sets the pooler of a BERT-like classifier: "keep", "new" (random) or "identity". A sentence encoder with mean
+    pooling never trained the one in its file. ConfigError when the model has none and one is asked for."""
+    import torch
+
+    if how == "keep":
+        return
+    pooler = next((module for name, module in model.named_modules() if name.endswith("pooler.dense")), None)
+    if pooler is None:
+        raise ConfigError("the model has no pooler", where="--pooler", remedy="Leave it at keep")
+    if how == "identity":
+        torch.nn.init.eye_(pooler.weight)
+    else:
+        torch.nn.init.normal_(pooler.weight, std=std)
+    torch.nn.init.zeros_(pooler.bias)
+
+
 def set_dropout(model: Any, share: float) -> None:
     """Sets every dropout of the base model (not LoRA's own, which comes later)."""
     import torch

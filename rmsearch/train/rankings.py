@@ -1,11 +1,12 @@
-"""First-stage rankings to take negatives from: run files, BM25 or an embedding model over the data set at hand."""
+"""First stages as mining needs them: scores of every key for a block of queries, from run files, vectors or BM25."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,31 +17,46 @@ if TYPE_CHECKING:
     from rmsearch.stage import Run
 
 BLOCK = 512
+K1, B = 0.9, 0.4  # of evaluation.bm25
+
+
+class Ranker(Protocol):
+    """A first stage over keys whose positions are those of their sorted ids."""
+
+    name: str
+
+    def block(self, queries: Sequence[str]) -> np.ndarray:
+        """Scores float32[len(queries), keys] of query ids; -inf where the stage gave none."""
+
+    def of_text(self, query: str, text: str) -> float | None:
+        """The score of a text that is not a key as it stands (a key without one sentence); None if not known."""
 
 
 @dataclass
-class Ranking:
-    """query id -> {key id: score}, best first. ``positive``: scores of (query id, key id) below the cut, if known."""
+class RunRanker:
+    """A run file: query id -> {key id: score}."""
 
     name: str
-    scores: Mapping[str, Mapping[str, float]] = field(repr=False)
-    positive: Mapping[tuple[str, str], float] = field(repr=False, default_factory=dict)
+    run: Mapping[str, Mapping[str, float]] = field(repr=False)
+    place: Mapping[str, int] = field(repr=False)
 
-    def of(self, query: str, key: str) -> float:
-        """The score of a pair; a key below the cut gets the lowest score of the query's ranking."""
-        found = self.scores.get(query, {})
-        if key in found:
-            return found[key]
-        if (query, key) in self.positive:
-            return self.positive[query, key]
-        return min(found.values(), default=0.0)
+    def block(self, queries: Sequence[str]) -> np.ndarray:
+        scores = np.full((len(queries), len(self.place)), -np.inf, np.float32)
+        for row, query in enumerate(queries):
+            for key, score in self.run.get(query, {}).items():
+                scores[row, self.place[key]] = score
+        return scores
+
+    def of_text(self, query: str, text: str) -> float | None:
+        return None
 
 
-def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranking]:
+def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranker]:
     """Run files over the data set. ConfigError when one holds other keys or none of the queries."""
     from rmsearch.evaluation.runs import read_run
 
-    found = []
+    place = places(sorted(beir.corpus))
+    found: list[Ranker] = []
     for uri in uris:
         run = read_run(uri)
         known = {query: keys for query, keys in run.items() if query in beir.queries}
@@ -50,137 +66,174 @@ def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranking]:
                 problem, where=uri, remedy=f"Make it with: rmsearch evaluation embed --split {beir.split}"
             )
         for query, keys in known.items():
-            if strange := next((key for key in keys if key not in beir.corpus), None):
+            if strange := next((key for key in keys if key not in place), None):
                 problem = f"query {query!r} has the key id {strange!r}, which the corpus lacks"
                 raise ConfigError(problem, where=uri, remedy="Give the run of this data set")
-        found.append(Ranking(uri, known))
+        found.append(RunRanker(uri, known, place))
     return found
 
 
-def bm25_ranking(beir: Beir, top_k: int) -> Ranking:
-    """BM25 over the data set, scores divided by the query's best one (so in 0 to 1)."""
-    from rmsearch.evaluation.bm25 import rank
+class Bm25Ranker:
+    """Lucene's BM25 with evaluation.bm25's words and constants, divided by the sum of the query's weights, which is
+    what a key would reach that repeats every query word without end: so in [0, 1]."""
 
-    scores = rank(beir, top_k)
-    return Ranking("bm25", {q: {k: s / max(keys.values()) for k, s in keys.items()} for q, keys in scores.items()})
+    name = "bm25"
+
+    def __init__(self, beir: Beir) -> None:
+        from rmsearch.evaluation.bm25 import _splitter
+
+        self._split = _splitter("english", "en")
+        keys = self._split(beir.key_text(key) for key in sorted(beir.corpus))
+        asked = self._split(beir.queries.values())
+        self._asked = dict(zip(beir.queries, asked, strict=True))
+        self._mean = max(float(np.mean([len(words) for words in keys])), 1e-9)
+        rows: dict[str, list[tuple[int, float]]] = {}
+        for position, words in enumerate(keys):
+            for word, weight in self._saturated(words).items():
+                rows.setdefault(word, []).append((position, weight))
+        self._idf = {w: float(np.log1p((len(keys) - len(r) + 0.5) / (len(r) + 0.5))) for w, r in rows.items()}
+        self._postings = {
+            word: (np.fromiter((p for p, _ in r), np.int64, len(r)), np.fromiter((s for _, s in r), np.float32, len(r)))
+            for word, r in rows.items()
+        }
+        self._count = len(keys)
+
+    def _saturated(self, words: Sequence[str]) -> dict[str, float]:
+        norm = K1 * (1 - B + B * len(words) / self._mean)
+        return {word: count / (count + norm) for word, count in Counter(words).items()}
+
+    def block(self, queries: Sequence[str]) -> np.ndarray:
+        scores = np.zeros((len(queries), self._count), np.float32)
+        for row, query in enumerate(queries):
+            for word in self._asked[query]:
+                if word in self._postings:
+                    at, weights = self._postings[word]
+                    scores[row, at] += self._idf[word] * weights
+            scores[row] /= self._most(query)
+        scores[scores == 0] = -np.inf  # no word in common: not retrieved
+        return scores
+
+    def of_text(self, query: str, text: str) -> float | None:
+        weights = self._saturated(self._split([text])[0])
+        return sum(self._idf.get(w, 0.0) * weights.get(w, 0.0) for w in self._asked[query]) / self._most(query)
+
+    def _most(self, query: str) -> float:
+        return max(sum(self._idf.get(word, 0.0) for word in self._asked[query]), 1e-9)
 
 
-@dataclass
-class Embedded:
-    """An embedding model's rankings (by key texts; by the keys' other queries), and each query's most similar ones."""
+class VectorRanker:
+    """Cosine of an embedding model."""
 
-    rankings: list[Ranking]
-    similar: Mapping[str, Sequence[str]] = field(repr=False, default_factory=dict)
+    def __init__(self, name: str, beir: Beir, vectors: Vectors) -> None:
+        self.name, self._vectors = name, vectors
+        self._query, self._text = places(list(beir.queries)), places(vectors.more_texts)
+
+    def block(self, queries: Sequence[str]) -> np.ndarray:
+        return self._vectors.queries[[self._query[query] for query in queries]] @ self._vectors.keys.T
+
+    def of_text(self, query: str, text: str) -> float | None:
+        if text not in self._text:
+            return None
+        return float(self._vectors.queries[self._query[query]] @ self._vectors.more[self._text[text]])
 
 
-def embed_ranking(
-    beir: Beir,
-    model: str,
-    top_k: int,
-    positives: Sequence[tuple[str, str, str]],
-    similar: int,
-    centroids: bool,
-    run: Run,
-) -> Embedded:
-    """Exact top-k by an embedding model.
+class CentroidRanker:
+    """Cosine of a query with the mean of each key's *other* labelled queries: what a key was asked for.
 
-    positives: (query id, key id, text) whose scores are wanted even below the cut; the text is embedded as given.
-    similar: how many of the most similar other queries to find per query (0: none). centroids: also rank by
-    `centroid_ranking`.
+    Leaving the query itself out is what makes this a fair teacher: with it, its own key would always win. A key without
+    another query scores 0, and counts as not ranked when it has no query at all. queries: unit vectors float32[n, d].
     """
-    return asyncio.run(_embed(beir, model, top_k, positives, similar, centroids, run))
+
+    name = "centroids"
+
+    def __init__(self, beir: Beir, queries: np.ndarray) -> None:
+        place = places(sorted(beir.corpus))
+        self._queries, self._query = queries, places(list(beir.queries))
+        self._own = {query: [place[key] for key in beir.positives(query)] for query in beir.queries}
+        self._sums = np.zeros((len(place), queries.shape[1]), np.float32)
+        for query, at in self._query.items():
+            self._sums[self._own[query]] += queries[at]
+        self._unit = _unit(self._sums)
+        self._unasked = np.setdiff1d(np.arange(len(place)), np.concatenate([*self._own.values(), []]).astype(np.int64))
+
+    def block(self, queries: Sequence[str]) -> np.ndarray:
+        mine = self._queries[[self._query[query] for query in queries]]
+        scores = mine @ self._unit.T
+        for row, query in enumerate(queries):
+            own = self._own[query]
+            scores[row, own] = _unit(self._sums[own] - mine[row]) @ mine[row]
+        scores[:, self._unasked] = -np.inf
+        return scores
+
+    def of_text(self, query: str, text: str) -> float | None:
+        return None
 
 
-async def _embed(
-    beir: Beir,
-    model: str,
-    top_k: int,
-    positives: Sequence[tuple[str, str, str]],
-    similar: int,
-    centroids: bool,
-    run: Run,
-) -> Embedded:
-    from rmsearch.engines import load_embedder
-    from rmsearch.evaluation.first_stage import rankings, self_positions
-
-    query_ids, key_ids = list(beir.queries), sorted(beir.corpus)
-    texts = [beir.key_text(key) for key in key_ids]
-    changed = list(dict.fromkeys(text for _, key, text in positives if text != beir.key_text(key)))
-    embedder = load_embedder(model)
-    try:
-        with run.progress(len(query_ids) + len(texts) + len(changed), "texts") as bar:
-
-            async def vectors(part: list[str], kind: str) -> np.ndarray:
-                blocks = []
-                for start in range(0, len(part), BLOCK):
-                    blocks.append(await embedder.embed(part[start : start + BLOCK], kind))  # type: ignore[arg-type]
-                    bar.advance(len(blocks[-1]))
-                return np.concatenate(blocks)
-
-            queries, keys = await vectors(list(beir.queries.values()), "query"), await vectors(texts, "key")
-            extra = await vectors(changed, "key") if changed else keys[:0]
-    finally:
-        await embedder.close()
-    best = top_positions(queries, keys, min(top_k, len(key_ids)), self_positions(query_ids, key_ids))
-    at_query, at_key = _places(query_ids), _places(key_ids)
-    at_text = _places(changed)
-    pairs = {}
-    for query, key, text in positives:
-        vector = extra[at_text[text]] if text in at_text else keys[at_key[key]]
-        pairs[query, key] = float(queries[at_query[query]] @ vector)
-    found = [Ranking(model, rankings(query_ids, key_ids, *best), pairs)]
-    if centroids:
-        found.append(centroid_ranking(beir, query_ids, queries, top_k))
-    if not similar or len(query_ids) < 2:
-        return Embedded(found)
-    near, _ = top_positions(queries, queries, min(similar, len(query_ids) - 1), list(range(len(query_ids))))
-    return Embedded(found, {q: [query_ids[i] for i in row] for q, row in zip(query_ids, near, strict=True)})
+def similar_queries(names: Sequence[str], vectors: np.ndarray, count: int) -> dict[str, list[str]]:
+    """For each query the ``count`` others most like it, best first. vectors: unit float32[len(names), d]."""
+    found = {}
+    count = min(count, len(names) - 1)
+    for start in range(0, len(names), BLOCK) if count > 0 else ():
+        part = vectors[start : start + BLOCK] @ vectors.T
+        part[np.arange(len(part)), np.arange(start, start + len(part))] = -np.inf
+        for row, scores in enumerate(part):
+            found[names[start + row]] = [names[i] for i in best_positions(scores, count)]
+    return found
 
 
-def centroid_ranking(beir: Beir, query_ids: Sequence[str], queries: np.ndarray, top_k: int) -> Ranking:
-    """Ranks the labelled keys by the cosine of a query with the mean of each key's *other* queries.
-
-    queries: unit vectors float32[len(query_ids), dim]. Leaving the query itself out is what makes this a fair teacher:
-    with it, its own key would always win. A key without another query scores 0.
-    """
-    from rmsearch.evaluation.first_stage import rankings
-
-    key_ids = sorted({key for query in query_ids for key in beir.positives(query)})
-    at_key = _places(key_ids)
-    total = np.zeros((len(key_ids), queries.shape[1]), np.float32)
-    for query, vector in zip(query_ids, queries, strict=True):
-        for key in beir.positives(query):
-            total[at_key[key]] += vector
-    k = min(top_k, len(key_ids))
-    best, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    own = {}
-    for start in range(0, len(queries), BLOCK):
-        block = slice(start, start + BLOCK)
-        similarities = queries[block] @ _units(total).T
-        for row, query in enumerate(query_ids[block]):
-            vector = queries[start + row]
-            for key in beir.positives(query):
-                value = float(_units(total[at_key[key]] - vector) @ vector)
-                similarities[row, at_key[key]] = own[query, key] = value
-        best[block] = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        scores[block] = np.take_along_axis(similarities, best[block], axis=1)
-    return Ranking("centroids", rankings(list(query_ids), key_ids, best, scores), own)
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1; rows of (almost) nothing become 0."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.where(length > 1e-4, vectors / np.maximum(length, 1e-9), 0).astype(np.float32)
 
 
-def _units(vectors: np.ndarray) -> np.ndarray:
-    """Rows at length 1; rows of (nearly) nothing stay as they are."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+def best_positions(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the ``count`` best finite scores, best first, ties by position."""
+    if count < len(scores):
+        lowest = np.partition(scores, -count)[-count]
+        candidates = np.flatnonzero(scores >= lowest)
+    else:
+        candidates = np.arange(len(scores))
+    candidates = candidates[np.isfinite(scores[candidates])]
+    return candidates[np.lexsort((candidates, -scores[candidates]))][:count]
 
 
-def _places(names: Sequence[str]) -> dict[str, int]:
+def places(names: Sequence[str]) -> dict[str, int]:
+    """name -> position."""
     return {name: i for i, name in enumerate(names)}
 
 
-def top_positions(queries: np.ndarray, keys: np.ndarray, k: int, own: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(positions int64[n, k], inner products float32[n, k]) of the best keys; ``own`` is a position to leave out."""
-    from rmsearch.evaluation.vectors import ExactSearch
+@dataclass(frozen=True)
+class Vectors:
+    """Unit vectors, float32[n, d]: of the queries, of the keys by sorted id, and of more texts."""
 
-    search = ExactSearch(queries, k, own, "cpu")
-    for start in range(0, len(keys), 4096):
-        search.add(start, keys[start : start + 4096])
-    return search.result()
+    queries: np.ndarray = field(repr=False)
+    keys: np.ndarray = field(repr=False)
+    more: np.ndarray = field(repr=False)
+    more_texts: list[str] = field(repr=False)
+
+
+def embed_all(beir: Beir, model: str, more_texts: list[str], run: Run) -> Vectors:
+    """Embeds the data set's queries and keys, and more texts as keys."""
+
+    async def work() -> Vectors:
+        from rmsearch.engines import load_embedder
+
+        keys = [beir.key_text(key) for key in sorted(beir.corpus)]
+        embedder = load_embedder(model)
+        try:
+            with run.progress(len(beir.queries) + len(keys) + len(more_texts), "texts") as bar:
+
+                async def vectors(texts: list[str], kind: str) -> np.ndarray:
+                    blocks = []
+                    for start in range(0, len(texts), BLOCK):
+                        blocks.append(await embedder.embed(texts[start : start + BLOCK], kind))  # type: ignore[arg-type]
+                        bar.advance(len(blocks[-1]))
+                    return np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
+
+                asked = await vectors(list(beir.queries.values()), "query")
+                return Vectors(asked, await vectors(keys, "key"), await vectors(more_texts, "key"), more_texts)
+        finally:
+            await embedder.close()
+
+    return asyncio.run(work())
