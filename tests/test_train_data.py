@@ -233,3 +233,26 @@ def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
     hidden = base.model.base_model(input_ids=torch.from_numpy(short[None].astype(np.int64))).last_hidden_state[0, -1]
     assert np.allclose(alone[0], float(base.model.score(hidden).detach()), atol=1e-5)
     assert np.allclose(alone[0], together[0], atol=1e-5)
+
+
+def test_the_pooler_starts_as_asked(tmp_path: Path) -> None:
+    from rmsearch.train.model import start_pooler
+
+    folder = tiny_models.bert_cross_encoder(tmp_path / "bert")
+    for how in ("identity", "new", "keep"):
+        base = load_base(folder, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        dense = base.model.bert.pooler.dense
+        before = dense.weight.clone()
+        start_pooler(base.model, how)
+        assert torch.equal(dense.weight, torch.eye(64)) == (how == "identity")
+        assert torch.equal(dense.weight, before) == (how == "keep")
+    decoder = load_base(
+        tiny_models.decoder_reward_model(tmp_path / "qwen3"),
+        TEMPLATES["chat"],
+        64,
+        dtype="float32",
+        attention=None,
+        seed=0,
+    )
+    with pytest.raises(ConfigError, match="no pooler"):
+        start_pooler(decoder.model, "identity")

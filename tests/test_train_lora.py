@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ FAST: dict[str, Any] = {
     "evaluation_steps": 10,
     "save_steps": 10,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and lose much when other processes are busy."""
+    import torch
+
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture
@@ -207,7 +219,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(files: dict[str, Any], en
     command = [sys.executable, "-m", "rmsearch.train.lora", "--model-name", encoder, "--output-dir", str(broken)]
     for name, value in {**files, **options}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     marker = broken / "checkpoint-6" / "rmsearch_checkpoint.json"
     limit = time.monotonic() + 240
     while not marker.exists() and process.poll() is None and time.monotonic() < limit:
