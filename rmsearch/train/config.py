@@ -47,7 +47,7 @@ class TrainingConfig(StageConfig):
     )
     head_learning_rate: float | None = option(None, "Of the head and the pooler; default: the same.", gt=0)
     lr_scheduler_type: str = option("linear", "linear, cosine, constant, constant_with_warmup, …")
-    warmup_ratio: float = option(0.05, "Share of the steps over which the rate rises.", ge=0, le=1)
+    warmup_ratio: float = option(0.05, "Share of the steps over which the rate rises.", ge=0, lt=1)
     weight_decay: float = option(0.0, "AdamW's weight decay.", ge=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", ge=0)
     loss: Loss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")

@@ -78,7 +78,7 @@ def training_arguments(config: TrainingConfig, work: Path, *, encoder: bool, bf1
         max_steps=config.max_steps if config.max_steps > 0 else -1,
         learning_rate=config.rate(encoder),
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio if config.warmup_ratio < 1 else 0,
+        warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,

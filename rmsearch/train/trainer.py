@@ -135,7 +135,7 @@ def _from_arguments(arguments: Any) -> dict[str, Any]:
     found["dtype"] = "bf16" if arguments.bf16 else "fp32"
     warm = arguments.warmup_steps
     found["warmup_ratio"] = (
-        float(warm) if warm < 1 else min(1.0, warm / arguments.max_steps if arguments.max_steps > 0 else 0.05)
+        float(warm) if warm < 1 else min(0.99, warm / arguments.max_steps if arguments.max_steps > 0 else 0.05)
     )
     if getattr(arguments, "center_rewards_coefficient", None):
         found["center_rewards"] = arguments.center_rewards_coefficient
