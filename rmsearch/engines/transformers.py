@@ -20,7 +20,8 @@ from rmsearch.prompts import Rendered
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
-CPU_TOKENS, GPU_TOKENS = 4096, 32768
+# Per batch. On a CPU the activations of a small batch stay in its caches: 1024 ran 1.5 times as fast as 4096 (MiniLM).
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
 
 
 def require_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import uuid
 from collections.abc import Coroutine
@@ -20,7 +21,7 @@ from rmsearch.errors import ConfigError, ModelError, RetryableError
 from rmsearch.prompts import Rendered
 
 CPU_BLOCK = 32  # tokens that share one cache entry; the CPU's default, 128, misses most shared prefixes
-IN_FLIGHT, BATCH = 4, 128
+IN_FLIGHT, BATCH = 8, 128  # together as many requests as vLLM takes on a large GPU at a time
 
 
 class VLLMEngine:
@@ -29,6 +30,7 @@ class VLLMEngine:
     def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
         self.on_cpu = prepare()
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         defaults = {"enforce_eager": self.on_cpu, "disable_log_stats": True, "use_tqdm_on_load": False, "seed": 0}
@@ -41,7 +43,8 @@ class VLLMEngine:
         self._thread = LoopThread("rmsearch-vllm")
 
         async def start() -> Any:
-            return AsyncLLM.from_engine_args(engine_args)
+            # vLLM's defaults for offline work: larger batches than those of a server
+            return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
 
         try:
             with spawning(self.on_cpu):
@@ -54,6 +57,8 @@ class VLLMEngine:
                 where=str(folder),
                 remedy="The cause stands in vLLM's log above (VLLM_LOGGING_LEVEL=INFO shows more)",
             ) from error
+
+        atexit.register(self.close_sync)  # or an engine that nobody closed would keep the interpreter from ending
 
     def request_id(self) -> str:
         """An id that no other request of this process or another engine has."""
@@ -93,6 +98,7 @@ class VLLMEngine:
         llm, self.llm = self.llm, None
         if llm is None:
             return
+        atexit.unregister(self.close_sync)
         if llm.output_handler is not None:
             self._thread.call_sync(_ended(llm.output_handler))  # or it would report the shutdown as a failure
         llm.shutdown()

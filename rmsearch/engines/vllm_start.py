@@ -9,6 +9,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def hide_broken_packages() -> None:
@@ -70,5 +72,17 @@ def spawning(on_cpu: bool) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def end_with_parent() -> None:
+    """Asks Linux to end this process when the one that started it is gone, even by SIGKILL.
+
+    vLLM's processes would live on otherwise, and hold their memory and their GPUs.
+    """
+    import ctypes
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 if __name__ == "__mp_main__":
     hide_broken_packages()
+    end_with_parent()
