@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,32 +23,26 @@ CORPUS = {
     "d3": "Aspirin thins the blood and helps against clots.",
     "d4": "Vitamin D keeps bones strong; lack of it makes them soft.",
 }
-QUERIES = {"q1": ("Blood sugar falls with insulin", "d1"), "q2": ("Soft bones come from a lack of vitamin D", "d4")}
+QUERIES = {
+    "test": {"q1": ("Blood sugar falls with insulin", "d1"), "q2": ("Soft bones come from a lack of vitamin D", "d4")},
+    "train": {"q3": ("Aspirin prevents clots", "d3"), "q4": ("Statins protect the heart", "d2")},
+}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
     return [(kind, code) for kind, code in BLOCK.findall((ROOT / page).read_text()) if code not in ELSEWHERE]
 
 
-@pytest.fixture(scope="module")
-def beir_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A loopback stand-in for the host of the BEIR files, with a small scifact.zip in the real layout."""
-    import json
-
-    folder = tmp_path_factory.mktemp("beir")
-    split = "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{key}\t1\n" for q, (_, key) in QUERIES.items())
-    with zipfile.ZipFile(folder / "scifact.zip", "w") as archive:
-        corpus = [json.dumps({"_id": i, "title": "", "text": text}) for i, text in CORPUS.items()]
-        queries = [json.dumps({"_id": i, "text": text}) for i, (text, _) in QUERIES.items()]
-        archive.writestr("scifact/corpus.jsonl", "\n".join(corpus) + "\n")
-        archive.writestr("scifact/queries.jsonl", "\n".join(queries) + "\n")
-        archive.writestr("scifact/qrels/test.tsv", split)
-        archive.writestr("scifact/qrels/train.tsv", split)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def write_beir(folder: Path) -> None:
+    """A small data set in BEIR's layout where the pages say beir/scifact, so that nothing is downloaded."""
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [json.dumps({"_id": i, "title": "", "text": text}) for i, text in CORPUS.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(corpus) + "\n")
+    queries = [json.dumps({"_id": i, "text": text}) for split in QUERIES.values() for i, (text, _) in split.items()]
+    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n")
+    for name, split in QUERIES.items():
+        rows = "".join(f"{query}\t{key}\t1\n" for query, (_, key) in split.items())
+        (folder / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,8 @@ def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rmsearch.train.lora import lora
 
     folder = tmp_path_factory.mktemp("model")
-    pairs = [{"query": text, "chosen_key": CORPUS[key], "rejected_key": CORPUS["d2"]} for text, key in QUERIES.values()]
+    labelled = QUERIES["test"].values()
+    pairs = [{"query": text, "chosen_key": CORPUS[key], "rejected_key": CORPUS["d2"]} for text, key in labelled]
     write_records(str(folder / "pairs.jsonl"), pairs)
     lora(
         dataset_list_train=str(folder / "pairs.jsonl"),
@@ -81,12 +72,12 @@ def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_every_snippet_runs(page: str, tmp_path: Path, trained_model: Path, beir_server: str, s3_bucket: str) -> None:
+def test_every_snippet_runs(page: str, tmp_path: Path, trained_model: Path, s3_bucket: str) -> None:
+    write_beir(tmp_path / "beir" / "scifact")
     shutil.copytree(trained_model, tmp_path / "demo_out" / "model")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RMSEARCH_BEIR_URL": beir_server,
         "BUCKET": s3_bucket.removeprefix("s3://"),
     }
     for kind, code in blocks(page):
