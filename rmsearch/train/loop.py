@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmsearch.progress import say
 from rmsearch.train.batches import PairCollator, PairSampler
 from rmsearch.train.losses import preference_loss
 from rmsearch.train.scoring import DevSet, pair_metrics, score_inputs
@@ -191,6 +192,7 @@ def trainer_type() -> Any:
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             measured = self.evaluation.measure(self.score, self.config.margin_scale)
             step = self.state.global_step
+            say("evaluated", stage="train", step=step, **{n.removeprefix("eval_"): v for n, v in measured.items()})
             self.evaluation.history[:] = [each for each in self.evaluation.history if each[0] != step]
             self.evaluation.history.append((step, measured))
             best = self.evaluation.best()
