@@ -45,6 +45,6 @@ step "Search with it"
 python "$(dirname "$0")/search_agents.py" "$out/model" \
   "The page takes nine seconds once a few thousand orders are stored" \
   "Two newspapers give death tolls that differ by a factor of ten. Which is nearer?" \
-  "Horizon always slanted, feet cut off, tree growing out of somebody's head"
+  "Sourdough spreads flat like a pancake the moment it leaves the basket"
 
 step "Done: $out/report.html compares every query; the model is in $out/model"
