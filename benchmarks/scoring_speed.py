@@ -13,20 +13,24 @@ import asyncio
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import common
 
+Sides = dict[str, Callable[[], Any]]
 
-def transformers_sides(folder: Path, pairs: list[tuple[str, str]], dtype: str) -> dict[str, Callable[[], Any]]:
-    """Our transformers engine and sentence-transformers."""
+
+def transformers_sides(folder: Path, pairs: list[tuple[str, str]], dtype: str, done: ExitStack) -> Sides:
+    """Our transformers engine and sentence-transformers. done: closes them at the end."""
     import torch
     from sentence_transformers import CrossEncoder
 
     from rmsearch.engines import load_scorer
 
     ours = load_scorer(str(folder), engine="transformers", dtype=dtype)
+    done.callback(ours.close_sync)
     theirs = CrossEncoder(
         str(folder),
         max_length=256,
@@ -40,18 +44,20 @@ def transformers_sides(folder: Path, pairs: list[tuple[str, str]], dtype: str) -
     }
 
 
-def vllm_sides(folder: Path, pairs: list[tuple[str, str]], dtype: str) -> dict[str, Callable[[], Any]]:
-    """Our vLLM engine and vLLM's own offline call."""
+def vllm_sides(folder: Path, pairs: list[tuple[str, str]], dtype: str, done: ExitStack) -> Sides:
+    """Our vLLM engine and vLLM's own offline call. done: closes them at the end."""
     from rmsearch.engines import load_scorer
     from rmsearch.engines.vllm_start import prepare, spawning
 
     ours = load_scorer(str(folder), engine="vllm", dtype=dtype)
+    done.callback(ours.close_sync)
     ids = [ours.renderer.render(*pair).ids for pair in pairs]  # type: ignore[attr-defined]
     from vllm import LLM, PoolingParams, TokensPrompt
 
     settings = {"runner": "pooling", "dtype": dtype, "max_model_len": 256, "enforce_eager": True, "seed": 0}
     with spawning(prepare()):
         theirs = LLM(model=str(folder), enable_prefix_caching=False, use_tqdm_on_load=False, **settings)
+    done.callback(theirs.llm_engine.engine_core.shutdown)
     raw = PoolingParams(use_activation=False)
     prompts = [TokensPrompt(prompt_token_ids=each) for each in ids]
     return {
@@ -70,10 +76,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     pairs = common.pairs_of_about(128, options.pairs)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as done:
         folder = common.minilm_cross_encoder(Path(scratch) / "model")
         make = transformers_sides if options.engine == "transformers" else vllm_sides
-        sides = make(folder, pairs, options.dtype)
+        sides = make(folder, pairs, options.dtype, done)
         seconds = common.interleaved(sides, options.rounds)
     ours, theirs = sides
     rates = {name: len(pairs) / min(each) for name, each in seconds.items()}
