@@ -12,7 +12,7 @@ step() { printf '\n== %s\n' "$*"; }
 step "First stages: rank the 132 agents for every request, with BM25 and with MiniLM embeddings"
 rmsearch evaluation bm25 --dataset-path demo --top-k 132 --output "$out/bm25.json" --output-eval "$out/bm25_eval.json"
 for split in dev test; do
-  rmsearch evaluation embed --dataset-path demo --split $split --model-name $minilm --top-k 30 \
+  rmsearch evaluation embed --dataset-path demo --split $split --model-name $minilm --top-k 20 \
     --output "$out/embed_$split.json" --output-eval "$out/embed_${split}_eval.json"
 done
 
@@ -24,11 +24,11 @@ rmsearch train mine --dataset-path demo --split train --model-name $minilm --cen
 step "Train a LoRA reward model on them; the best step is chosen on the dev requests"
 rmsearch train lora --model-name $minilm --dataset-list-train "$out/pairs.jsonl" --output-dir "$out/model" \
   --num-train-epochs 1 --learning-rate 5e-4 --lora-alpha 32 --warmup-ratio 0.1 --per-device-train-batch-size 22 \
-  --max-length 96 --pooler identity --dev-dataset-path demo --dev-embed-output "$out/embed_dev.json" --dev-top-k 30 --dev-queries 150 \
+  --max-length 96 --pooler identity --dev-dataset-path demo --dev-embed-output "$out/embed_dev.json" --dev-top-k 20 --dev-queries 100 \
   --evaluation-steps 200 --save-steps 200 --logging-steps 20
 rmsearch train lora --model-name $minilm --dataset-list-train "$out/pairs.jsonl" --output-dir "$out/untrained" --max-steps 0
 
-step "Rerank the best 30 agents of the held-out test requests: untrained head, trained model, trained model fused with the embedding"
+step "Rerank the best 20 agents of the held-out test requests: untrained head, trained model, trained model fused with the embedding"
 rmsearch evaluation rerank --dataset-path demo --embed-output "$out/embed_test.json" --model-name "$out/untrained" \
   --output "$out/untrained.json" --output-eval "$out/untrained_eval.json"
 rmsearch evaluation rerank --dataset-path demo --embed-output "$out/embed_test.json" --model-name "$out/model" \
