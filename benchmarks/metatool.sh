@@ -19,7 +19,8 @@ rmsearch train lora --model-name $minilm --dataset-list-train "$out/pairs.jsonl"
   --max-length 192 --dev-dataset-path "$data" --dev-embed-output "$out/embed_dev.json" --dev-top-k 50 --dev-queries 200 \
   --evaluation-steps 600 --save-steps 600 --logging-steps 50
 
-rmsearch evaluation rerank --dataset-path "$data" --embed-output "$out/embed_test.json" --model-name "$out/model" \
+# 394,000 pairs: bfloat16 is three times as fast as float32 on CPUs with AMX
+rmsearch evaluation rerank --dataset-path "$data" --embed-output "$out/embed_test.json" --model-name "$out/model" --dtype bfloat16 \
   --output "$out/rerank.json" --output-eval "$out/rerank_eval.json" \
   --fuse zscore --fuse-fit "$out/embed_dev.json" --fuse-fit-split dev --output-fused "$out/fused_eval.json"
 rmsearch evaluation ndcg --dataset-path "$data" --run embed="$out/embed_test_eval.json" --run bm25="$out/bm25_eval.json" \
