@@ -13,7 +13,14 @@ import statistics
 import subprocess
 import sys
 
-STATEMENTS = ("pass", "import rmsearch", "from rmsearch import Search", "import rmsearch.cli", "import rmsearch.doctor")
+STATEMENTS = (
+    "pass",
+    "import rmsearch",
+    "from rmsearch import Search",
+    "import rmsearch.rmsearch",
+    "import rmsearch.cli",
+    "import rmsearch.doctor",
+)
 HEAVY = (
     "torch",
     "vllm",
@@ -25,6 +32,8 @@ HEAVY = (
     "pyarrow",
     "scipy",
     "boto3",
+    "kfp",
+    "fastapi",
     "numpy",
     "pydantic",
 )

@@ -54,7 +54,7 @@ rmsearch train mine --dataset-path "$set_" --split fit --runs "$out/embed_fit.js
 rmsearch train lora --model-name "$out/stage1" --output-dir "$out/model" --max-length 256 --learning-rate 5e-4 --evaluation-steps 80 \
   --dataset-list-train "$out/claims.jsonl" "${lora[@]}" "${dev[@]}"
 
-rmsearch evaluation rerank --dataset-path "$set_" --embed-output "$out/embed_test.json" --model-name "$out/model" \
+rmsearch evaluation rerank --dataset-path "$set_" --embed-output "$out/embed_test.json" --model-name "$out/model" --dtype bfloat16 \
   --output "$out/rerank.json" --output-eval "$out/rerank_eval.json" \
   --fuse zscore --fuse-fit "$out/embed_dev.json" --fuse-fit-split dev --output-fused "$out/fused_eval.json"
 rmsearch evaluation ndcg --dataset-path "$set_" --run embed="$out/embed_test_eval.json" --run bm25="$out/bm25_test_eval.json" \

@@ -14,8 +14,22 @@ from rmsearch.stage import Stage
 # group -> stage -> one line of help; the modules load only when they are run
 STAGES: dict[str, dict[str, str]] = {
     "train": {
-        "mine": "Mine hard negatives and write preference pairs.",
+        "process_data": "Make a corpus of a hub data set, files or a folder of texts.",
+        "make_query_recs": "Have a language model write queries for every row of a corpus.",
+        "filter_query_recs": "Keep queries by type, language, length, novelty and answerability.",
+        "get_top_relevant_keys_embed": "Find each query's nearest keys with an embedding model.",
+        "get_top_relevant_keys_rm": "Find or re-score each query's keys with a reward model.",
+        "sample_dpo_batch": "Sample the keys of each query that are to be judged against each other.",
+        "judge_dataset": "Judge sampled sets into preference pairs: language model, reward model or labels.",
+        "make_query_and_less_relevant_keys_recs": "Have a language model write keys that serve a query less and less.",
+        "make_query_dpo_pairs": "Have a language model write queries that a key serves less and less.",
+        "sample_advanced_dpo_batch": "Sample negatives beside the keys that correspond to each query.",
+        "judge_adpo_dataset": "Judge structured sets into batches with explicit preferences.",
+        "make_test_set": "Make query records and test pairs of a labelled data set.",
+        "mine": "Mine hard negatives of a labelled data set and write preference pairs.",
+        "inspect": "Write an HTML page about preference sets, with checks.",
         "lora": "Train a LoRA reward model on preference pairs.",
+        "adpo_lora": "Train a LoRA reward model on explicit orders (advanced DPO).",
     },
     "evaluation": {
         "bm25": "Rank the corpus with BM25.",
@@ -45,14 +59,19 @@ def _usage() -> str:
     ]
     for group, stages in STAGES.items():
         lines.append(f"{group}:")
-        lines += [f"  {name:<10} {text}" for name, text in stages.items()]
+        lines += _listed(stages)
     lines += [
         "",
-        "doctor       Say what this machine can do: GPUs, vLLM, torch, S3, model folders.",
-        "--version    Print the version.",
+        "doctor         Say what this machine can do: GPUs, vLLM, torch, S3, model folders.",
+        "--version      Print the version.",
     ]
     lines += ["", "Exit codes: 0 done, 2 you must change something, 75 try again, 1 a bug."]
     return "\n".join(lines)
+
+
+def _listed(stages: dict[str, str]) -> list[str]:
+    width = max(map(len, stages))
+    return [f"  {name:<{width}} {text}" for name, text in stages.items()]
 
 
 def _command(arguments: list[str]) -> int:
@@ -69,7 +88,7 @@ def _command(arguments: list[str]) -> int:
             return run_command(doctor, rest)
         case [group] | [group, "--help"] | [group, "-h"] if group in STAGES:
             print(f"Usage: rmsearch {group} STAGE [FLAGS]\n")
-            print("\n".join(f"  {name:<10} {text}" for name, text in STAGES[group].items()))
+            print("\n".join(_listed(STAGES[group])))
             return 0
         case [group, name, *rest] if name.replace("-", "_") in STAGES.get(group, {}):
             return run_command(load_stage(group, name.replace("-", "_")), rest)

@@ -45,6 +45,14 @@ class ModelError(RMSearchError):
     """A model folder that cannot be loaded as what it is asked to be."""
 
 
+class AnswerError(ModelError):
+    """An answer without the form that was asked for; ``answer`` is the `Generation`, for whoever counts it."""
+
+    def __init__(self, problem: str, *, answer: object, remedy: str | None = None) -> None:
+        self.answer = answer
+        super().__init__(problem, remedy=remedy)
+
+
 class ContractError(ModelError):
     """A model used with another template, head, pooling or activation than it was trained with."""
 

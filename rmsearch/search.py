@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rmsearch.arguments import (
+from rmsearch.searching.arguments import (
     InputError,
     candidate_pairs,
     frame_rows,
@@ -36,16 +36,16 @@ from rmsearch.arguments import (
     template_choice,
     whole_number,
 )
-from rmsearch.background import ClosedError, Engine
-from rmsearch.scoring import RewardModel
-from rmsearch.topk import TopK
-from rmsearch.work import Unique, Work
+from rmsearch.searching.background import ClosedError, Engine
+from rmsearch.searching.scoring import RewardModel
+from rmsearch.searching.topk import TopK
+from rmsearch.searching.work import Unique, Work
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rmsearch.engines import Scorer
-    from rmsearch.scoring import Put
+    from rmsearch.searching.scoring import Put
 
 __all__ = ["ClosedError", "InputError", "Result", "Search", "SearchUpdate"]
 
@@ -55,10 +55,10 @@ Result = dict[str, Any]
 class Search:
     """Ranks keys for queries with a reward model. One instance serves any number of concurrent callers and event loops.
 
-    model_name: a model folder, s3:// folder, hub name, or a server's name for its model. It loads at the first use (or
-    in ``async with``), so the constructor is cheap anywhere. engine: "auto", "transformers", "vllm" or "http" (with
-    ``base_url``). tensor_parallel_size, pipeline_parallel_size: GPUs of the vLLM engine. dtype: "auto" is the model's
-    own on a GPU, float32 on a CPU.
+    model_name: a model folder, s3:// folder, hub name, or a server's name for its model (None: the only one it has). It
+    loads at the first use (or in ``async with``), so the constructor is cheap anywhere. engine: "auto", "transformers",
+    "vllm" or "http" (with ``base_url``). tensor_parallel_size, pipeline_parallel_size: GPUs of the vLLM engine. dtype:
+    "auto" is the model's own on a GPU, float32 on a CPU.
     max_length: tokens per pair (None: as trained); longer texts are cut by the template and counted in `stats`.
     template: name of the prompt template, for models that do not carry theirs. llm_template: such a name, or a function
     ``(query, key) -> str`` (for frames also ``(row) -> str``) that writes the whole prompt. lora: an adapter folder.
@@ -88,9 +88,8 @@ class Search:
         scorer: Scorer | None = None,
         **engine_options: Any,
     ) -> None:
-        if scorer is None and not model_name:
-            as_served = "Name the model as its server does" if base_url else "Name a reward model"
-            raise InputError("model_name is missing", remedy=f'{as_served}: Search("…")')
+        if scorer is None and not model_name and not (base_url and engine in ("auto", "http")):
+            raise InputError("model_name is missing", remedy='Name a reward model: Search("…")')
         template, prompt = template_choice(template, llm_template)
         self._prompt = prompt
         self._by_row = prompt is not None and takes_row(prompt)

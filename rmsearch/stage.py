@@ -264,7 +264,8 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
             config = stage.config(**options)
         except ValidationError as error:
             raise ConfigError(explain_validation(error), where=stage.name) from None
-    logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    others = "DEBUG" if config.log_level == "DEBUG" else "WARNING"  # httpx tells of every request
+    logging.basicConfig(level=others, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("rmsearch").setLevel(config.log_level)
     outputs = [value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))]
     config.prepare()

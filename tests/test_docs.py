@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llm_server import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -45,6 +47,40 @@ def write_beir(folder: Path) -> None:
         (folder / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
 
 
+def write_texts(folder: Path) -> None:
+    """What the pages call my_texts."""
+    folder.mkdir()
+    for name, text in CORPUS.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def language_model(body: dict[str, Any]) -> Any:
+    """What the pages' language model answers: a judge's choice with its log-probabilities, or JSON about the text."""
+    asked = body["messages"][-1]["content"]
+    choices = (body.get("structured_outputs") or {}).get("choice")
+    if choices:  # it likes the text that comes first in the alphabet, wherever it stands
+        shown = sorted((asked.index(text), text) for text in CORPUS.values() if text in asked)
+        liked = choices[0] if shown[0][1] < shown[1][1] else choices[1]
+        return {
+            "message": {"role": "assistant", "content": liked},
+            "finish_reason": "stop",
+            "logprobs": {
+                "content": [
+                    {"top_logprobs": [{"token": each, "logprob": -0.1 if each == liked else -3.0} for each in choices]}
+                ]
+            },
+        }
+    words = next((text for text in CORPUS.values() if text in asked), "Nothing").rstrip(".").split()
+    schema = body["response_format"]["json_schema"]["schema"]
+    return json.dumps({name: _filled(part, name, words) for name, part in schema["properties"].items()})
+
+
+def _filled(part: dict[str, Any], name: str, words: list[str]) -> Any:
+    if part.get("type") == "array":
+        return [f"{' '.join(words[: 3 + i])} {name} {i}?" for i in range(part.get("minItems", 2))]
+    return f"{' '.join(words)} {name}?"
+
+
 @pytest.fixture(scope="module")
 def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call demo_out/model: a reward model, trained for one step."""
@@ -74,14 +110,20 @@ def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_every_snippet_runs(page: str, tmp_path: Path, trained_model: Path, s3_bucket: str) -> None:
     write_beir(tmp_path / "beir" / "scifact")
+    write_texts(tmp_path / "my_texts")
     shutil.copytree(trained_model, tmp_path / "demo_out" / "model")
-    environment = {
-        **os.environ,
+    with serving(language_model) as server:
+        environment = {**os.environ, "LLM": "m", "LLM_URL": server.url}
+        run_page(page, tmp_path, environment, s3_bucket)
+
+
+def run_page(page: str, folder: Path, environment: dict[str, str], s3_bucket: str) -> None:
+    environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "BUCKET": s3_bucket.removeprefix("s3://"),
     }
     for kind, code in blocks(page):
-        run_block(kind, code, tmp_path, environment)
+        run_block(kind, code, folder, environment)
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:

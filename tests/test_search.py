@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -29,11 +29,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmsearch import Search
-from rmsearch.arguments import InputError
-from rmsearch.background import ClosedError
 from rmsearch.errors import ConfigError, ContractError, ModelError, RetryableError, RMSearchError
-from rmsearch.topk import TopK
-from rmsearch.work import Work
+from rmsearch.searching.arguments import InputError
+from rmsearch.searching.background import ClosedError
+from rmsearch.searching.topk import TopK
+from rmsearch.searching.work import Work
 
 QUERIES = ["which gene codes for the protein", "train price", "python error in code", "weather data"]
 KEYS = [
@@ -533,7 +533,7 @@ def test_top_k_does_not_depend_on_the_order_of_arrival(queries: int, k: int, rew
 def test_a_grid_is_walked_once_in_every_order(
     queries: int, keys: int, block: int | None, key_first: bool, tile: int
 ) -> None:
-    from rmsearch import work as module
+    from rmsearch.searching import work as module
 
     before, module._TILE = module._TILE, tile
     try:
@@ -858,11 +858,15 @@ def test_killed_and_started_again(tmp_path: Path, encoder: str) -> None:
 class LengthServer(BaseHTTPRequestHandler):
     """Answers /score as a vLLM server does; the reward is `length_reward`."""
 
+    models: ClassVar[list[str]] = ["served"]
+    asked: ClassVar[list[dict[str, Any]]] = []
+
     def do_GET(self) -> None:
-        self._answer({"data": [{"id": "served"}]})
+        self._answer({"data": [{"id": name} for name in self.models]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(asked)
         pairs = zip(asked["text_1"], asked["text_2"], strict=True)
         self._answer({"data": [{"index": i, "score": length_reward(*pair)} for i, pair in enumerate(pairs)]})
 
@@ -891,8 +895,34 @@ async def test_a_model_behind_a_server(tmp_path: Path) -> None:
     with pytest.raises(RetryableError):
         await gone(QUERIES, KEYS)
     gone.close()
-    with pytest.raises(InputError, match="as its server does"):
-        Search(base_url=base_url)
+
+
+async def test_the_only_model_of_a_server_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LengthServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base_url, path = f"http://127.0.0.1:{server.server_port}", str(tmp_path / "scores")
+    monkeypatch.setattr(LengthServer, "models", ["one"])
+    monkeypatch.setattr(LengthServer, "asked", [])
+    async with Search(base_url=base_url) as search:
+        assert await search(QUERIES, KEYS, 3, checkpoint=path) == expected(QUERIES, KEYS, 3)
+    assert all(body["model"] == "one" for body in LengthServer.asked)
+    monkeypatch.setattr(LengthServer, "asked", [])
+    async with Search(base_url=base_url) as search:
+        assert await search(QUERIES, KEYS, 3, checkpoint=path) == expected(QUERIES, KEYS, 3)
+    assert not LengthServer.asked
+    monkeypatch.setattr(LengthServer, "models", ["another"])  # whose scores are others
+    async with Search(base_url=base_url) as search:
+        await search(QUERIES, KEYS, 3, checkpoint=path)
+    assert len(LengthServer.asked) == 1 and LengthServer.asked[0]["model"] == "another"
+    monkeypatch.setattr(LengthServer, "models", ["one", "another"])
+    several = Search(base_url=base_url)
+    with pytest.raises(ConfigError, match="the server has 2 models") as caught:
+        await several.start()
+    assert "one, another" in str(caught.value) and "\n" not in str(caught.value)
+    several.close()
+    with pytest.raises(InputError, match="model_name is missing"):
+        Search(base_url=base_url, engine="transformers")
+    server.shutdown()
 
 
 # ---- vLLM

@@ -75,7 +75,13 @@ def test_pickles_and_half_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_saving_keeps_what_a_model_needs(tmp_path: Path) -> None:
-    extra = {"training_args.bin": b"", "optimizer.pt": b"", ".git__config": b"", "1_Pooling__config.json": b"{}"}
+    extra = {
+        "training_args.bin": b"",
+        "optimizer.pt": b"",
+        "old__score.pt": b"",
+        ".git__config": b"",
+        "1_Pooling__config.json": b"{}",
+    }
     folder = model(tmp_path / "m", **WEIGHTS, **extra)
     models.save_model_folder(folder, str(tmp_path / "out"))
     kept = ["1_Pooling/config.json", "_manifest.json", "chat_template.jinja", "config.json", "model.safetensors"]
@@ -99,6 +105,46 @@ def test_models_on_s3(s3_bucket: str, tmp_path: Path) -> None:
         models.open_model(where)
     with pytest.raises(InputMissingError):
         models.open_model(f"{s3_bucket}/models/none")
+
+
+@pytest.mark.s3
+def test_upstreams_head_beside_a_model_on_s3(s3_bucket: str, tmp_path: Path) -> None:
+    import tiny_models
+    import torch
+
+    from rmsearch.engines.heads import foreign_head
+    from rmsearch.engines.transformers import load_tokenizer
+
+    folder, where = tiny_models.causal_model(tmp_path / "rm-converted-model"), f"{s3_bucket}/models/rm-converted-model"
+    head = torch.randn(1, json.loads((folder / "config.json").read_text())["hidden_size"])
+    torch.save(head, folder / "score.pt")
+    (folder / "optimizer.pt").write_bytes(b"")
+    models.save_model_folder(folder, where)
+    opened = models.open_model(where)
+    assert [path.name for path in opened.glob("*.pt")] == ["score.pt"]
+    assert torch.equal(foreign_head(opened, load_tokenizer(opened)), head)
+
+
+@pytest.mark.s3
+def test_a_pickle_under_the_heads_name_on_s3_runs_nothing(s3_bucket: str, tmp_path: Path) -> None:
+    import pickle
+
+    import tiny_models
+
+    from rmsearch.engines.heads import foreign_head
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+
+    folder, where = tiny_models.causal_model(tmp_path / "m"), f"{s3_bucket}/models/evil"
+    (folder / "score.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    models.save_model_folder(folder, where)
+    with pytest.raises(ModelError, match=r"score\.pt: is no tensor"):
+        foreign_head(models.open_model(where), None)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ModelError, match="only pickled weights"):
+        models.open_model(str(model(tmp_path / "lone", **{"score.pt": b""})))
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

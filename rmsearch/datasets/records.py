@@ -21,11 +21,13 @@ Id = Annotated[str, BeforeValidator(_id)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Base of all records: frozen, unknown fields are left aside."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class PreferencePair(_Record):
+class PreferencePair(Record):
     """For ``query``, ``chosen_key`` served better than ``rejected_key``, by ``margin`` (in rewards) if known."""
 
     query: str
@@ -35,6 +37,8 @@ class PreferencePair(_Record):
     chosen_key_id: Id | None = None
     rejected_key_id: Id | None = None
     margin: Annotated[Finite, Field(ge=0)] | None = None
+    query_type: str | None = None
+    source: str | None = None  # what decided: judge, model or labels
 
     @model_validator(mode="after")
     def _differ(self) -> PreferencePair:
@@ -43,14 +47,14 @@ class PreferencePair(_Record):
         return self
 
 
-class Message(_Record):
+class Message(Record):
     """One chat message."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class MessagePair(_Record):
+class MessagePair(Record):
     """Upstream's form of a preference: two chats, each with query and key already in it."""
 
     chosen_msg: list[Message] = Field(min_length=1)
@@ -87,7 +91,7 @@ def read_preferences(uri: str) -> Iterator[PreferencePair | MessagePair]:
     return (record.root for record in read_models(uri, PreferenceRecord))
 
 
-class Candidates(_Record):
+class Candidates(Record):
     """What a first stage found for a query, best first; the line of ``embed --output`` and ``bm25 --output``."""
 
     query_id: Id
@@ -104,7 +108,7 @@ class Candidates(_Record):
         return self
 
 
-class Reranked(_Record):
+class Reranked(Record):
     """The line of ``rerank --output``: ``key_ids`` and ``rerank_relevances`` belong together, best first, and so do
     ``pre_key_ids`` and ``embed_relevances``, in the first stage's order."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from rmsearch.contract import Contract
 from rmsearch.engines.generation import Generation, Messages, Sampling
+from rmsearch.engines.options import Engine, EngineOptions
 from rmsearch.errors import ConfigError
 from rmsearch.prompts import Query, Template
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from rmsearch.engines.dispatch import Stats
     from rmsearch.engines.embedding import EmbeddingSpec
 
-Engine = Literal["auto", "transformers", "vllm", "http"]
 logger = logging.getLogger(__name__)
 
 
@@ -121,7 +121,8 @@ def load_scorer(
     concurrency: int | None = None,
     **engine_options: Any,
 ) -> Scorer:
-    """Loads a reward model: a folder, s3:// URI or name, a LoRA adapter folder, or a name on a server.
+    """Loads a reward model: a folder, s3:// URI or name, a LoRA adapter folder, or a name on a server ("": the only
+    one it has).
 
     dtype "auto": float32 on a CPU, the model's own on a GPU. max_length: tokens per pair, by default the contract's.
     max_batch_tokens: tokens in one pass of the model. concurrency: requests to a server at a time.
@@ -129,28 +130,12 @@ def load_scorer(
     model, route, timeout_s, attempts). Raises ConfigError, ModelError, ContractError, MissingExtraError and, when a
     server is out of reach, RetryableError.
     """
+    sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
     chosen = pick_engine(engine, base_url)
+    options = EngineOptions(chosen, dtype, sizes, base_url, max_batch_tokens, concurrency, engine_options)
     from rmsearch.engines import loading
 
-    if chosen == "http":
-        assert base_url is not None
-        wishes: dict[str, Any] = {"lora": lora, "template": template, "max_length": max_length}
-        return loading.http_scorer(model_name, base_url, concurrency=concurrency, options=engine_options, **wishes)
-    reward = loading.open_reward(model_name, lora, template, max_length)
-    if chosen == "transformers":
-        return loading.transformers_scorer(reward, dtype=dtype, batch_tokens=max_batch_tokens, options=engine_options)
-    sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
-    return loading.vllm_scorer(reward, dtype=dtype, arguments=vllm_arguments(*sizes) | engine_options)
-
-
-def vllm_arguments(tensor: int, pipeline: int, data: int, batch_tokens: int | None) -> dict[str, Any]:
-    """vLLM's engine arguments for the parallel sizes and the tokens of one step (None: vLLM's default)."""
-    return {
-        "tensor_parallel_size": tensor,
-        "pipeline_parallel_size": pipeline,
-        "data_parallel_size": data,
-        "max_num_batched_tokens": batch_tokens,
-    }
+    return loading.scorer(model_name, options, lora=lora, template=template, max_length=max_length)
 
 
 def load_embedder(
@@ -171,7 +156,9 @@ def load_embedder(
     **engine_options: Any,
 ) -> Embedder:
     """Loads an embedding model. Instructions: see :func:`rmsearch.engines.embedding.prefixes`; else as load_scorer."""
+    sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
     chosen = pick_engine(engine, base_url)
+    options = EngineOptions(chosen, dtype, sizes, base_url, max_batch_tokens, concurrency, engine_options)
     from rmsearch.engines import loading
 
     wishes = {
@@ -180,17 +167,7 @@ def load_embedder(
         "max_length": max_length,
         "pooling": pooling,
     }
-    if chosen == "http":
-        assert base_url is not None
-        return loading.http_embedder(
-            model_name, base_url, concurrency=concurrency, wishes=wishes, options=engine_options
-        )
-    if chosen == "vllm":
-        sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
-        engine_options = vllm_arguments(*sizes) | engine_options
-    return loading.local_embedder(
-        chosen, model_name, dtype=dtype, batch_tokens=max_batch_tokens, wishes=wishes, options=engine_options
-    )
+    return loading.embedder(model_name, options, wishes)
 
 
 def load_generator(
@@ -208,13 +185,9 @@ def load_generator(
     **engine_options: Any,
 ) -> Generator:
     """Loads a language model that answers chat messages, or names one on a server. Options as for load_scorer."""
+    sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
     chosen = pick_engine(engine, base_url)
+    options = EngineOptions(chosen, dtype, sizes, base_url, max_batch_tokens, concurrency, engine_options)
     from rmsearch.engines import loading
 
-    if chosen == "http":
-        assert base_url is not None
-        return loading.http_generator(model_name, base_url, concurrency=concurrency, options=engine_options)
-    if chosen == "vllm":
-        sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, max_batch_tokens)
-        engine_options = vllm_arguments(*sizes) | engine_options
-    return loading.local_generator(chosen, model_name, dtype=dtype, max_length=max_length, options=engine_options)
+    return loading.generator(model_name, options, max_length)

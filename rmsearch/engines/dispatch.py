@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rmsearch.engines.owner import Closable, Owner
 from rmsearch.engines.pairs import Window
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.prompts import Rendered
@@ -32,16 +33,12 @@ class Limits:
     prefix_cache: bool
 
 
-class Backend(Protocol):
+class Backend(Closable, Protocol):
     """A model that scores model inputs. ``forward`` returns float32[len(batch)], in order."""
 
     limits: Limits
 
     async def forward(self, batch: list[Any]) -> np.ndarray: ...
-
-    async def close(self) -> None: ...
-
-    def close_sync(self) -> None: ...
 
 
 @dataclass
@@ -102,25 +99,13 @@ def split_batches(lengths: np.ndarray, limits: Limits) -> Iterator[slice]:
         yield slice(start, len(lengths))
 
 
-class Dispatcher:
+class Dispatcher(Owner[Backend]):
     """A backend with its counts; any number of callers may use it at a time."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.stats = backend, Stats()
+        super().__init__(backend)
+        self.stats = Stats()
         self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
-        self._closed = False
-
-    async def close(self) -> None:
-        """Frees the model. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            await self.backend.close()
-
-    def close_sync(self) -> None:
-        """``close`` for code outside of a coroutine; also works inside a running event loop."""
-        if not self._closed:
-            self._closed = True
-            self.backend.close_sync()
 
     async def run(self, jobs: AsyncGenerator[Job, None]) -> AsyncGenerator[tuple[Job, np.ndarray], None]:
         """Sends jobs, at most ``in_flight`` at a time, and yields each with its values as it finishes."""
@@ -146,8 +131,7 @@ class Dispatcher:
                 await earlier.scored.wait()
             return job, np.array([window.rewards[item] for window, item in job.again], dtype=np.float32)
         async with self._free_slot():
-            if self._closed:
-                raise ConfigError("this model is closed", remedy="Load it again")
+            self.require_open()
             self.stats.enter()
             try:
                 values = await self.backend.forward(list(job.batch))

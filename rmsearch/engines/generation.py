@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rmsearch.errors import ConfigError, ModelError
+from rmsearch.engines.owner import Closable, Owner
+from rmsearch.errors import AnswerError, ConfigError, ModelError
 from rmsearch.prompts import PINNED_DATE
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -28,12 +29,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. tokens: generated; finish: "stop" or "length" (cut at max_tokens); logprobs: token -> logprob each."""
+    """An answer. tokens: generated; finish: "stop" or "length" (cut at max_tokens); logprobs: token -> logprob each;
+    prompt_tokens: read, 0 when a server does not say."""
 
     text: str
     tokens: int
     finish: str = "stop"
     logprobs: tuple[dict[str, float], ...] | None = None
+    prompt_tokens: int = 0
 
     def parsed(self) -> Any:
         """The text as JSON. ModelError when it is cut or none: a caller counts and rejects it, never fills it in."""
@@ -54,24 +57,16 @@ class Wish:
     choices: tuple[str, ...] | None = None
 
 
-class GenerationBackend(Protocol):
+class GenerationBackend(Closable, Protocol):
     """A model that answers one wish at a time; ``in_flight`` of them together."""
 
     in_flight: int
 
     async def generate(self, wish: Wish) -> Generation: ...
 
-    async def close(self) -> None: ...
 
-    def close_sync(self) -> None: ...
-
-
-class TextGenerator:
+class TextGenerator(Owner[GenerationBackend]):
     """A generation backend with bounded concurrency: what ``load_generator`` returns."""
-
-    def __init__(self, backend: GenerationBackend) -> None:
-        self.backend = backend
-        self._closed = False
 
     async def generate(
         self,
@@ -85,8 +80,7 @@ class TextGenerator:
         schema: JSON schema that each answer follows; choices: the only answers allowed. The first failure is raised
         and the other requests are cancelled.
         """
-        if self._closed:
-            raise ConfigError("this model is closed", remedy="Load it again")
+        self.require_open()
         if schema is not None and choices is not None:
             raise ConfigError("a schema and choices exclude each other", remedy="Give one of them")
         form = (None if schema is None else dict(schema), None if choices is None else tuple(choices))
@@ -99,9 +93,10 @@ class TextGenerator:
             async with slots:
                 answer = await self.backend.generate(wish)
             if wish.choices is not None and answer.text not in wish.choices:
-                raise ModelError(
+                raise AnswerError(
                     f"the answer {answer.text[:60]!r} is none of the choices",
                     remedy="The server takes no choices: use a vLLM server or a schema",
+                    answer=answer,
                 )
             return answer
 
@@ -112,18 +107,6 @@ class TextGenerator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def close(self) -> None:
-        """Frees the model. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            await self.backend.close()
-
-    def close_sync(self) -> None:
-        """``close`` for code outside of a coroutine."""
-        if not self._closed:
-            self._closed = True
-            self.backend.close_sync()
 
 
 def conversation(messages: Messages, position: int) -> list[dict[str, str]]:
@@ -199,7 +182,8 @@ class TransformersGeneration:
         text = self._tokenizer.decode(new, skip_special_tokens=True)
         ended = len(new) < sampling.max_tokens or new[-1] == self._tokenizer.eos_token_id
         logprobs = None if sampling.logprobs is None else self._top(out.logits, sampling.logprobs)
-        return Generation(_before(text, sampling.stop), len(new), "stop" if ended else "length", logprobs)
+        finish = "stop" if ended else "length"
+        return Generation(_before(text, sampling.stop), len(new), finish, logprobs, ids.shape[1])
 
     def _top(self, logits: Any, count: int) -> tuple[dict[str, float], ...]:
         import torch
@@ -251,7 +235,8 @@ class VLLMGeneration:
         logprobs = None
         if best.logprobs is not None:
             logprobs = tuple({each.decoded_token or "": each.logprob for each in row.values()} for row in best.logprobs)
-        return Generation(best.text, len(best.token_ids), best.finish_reason or "stop", logprobs)
+        read = len(prompt["prompt_token_ids"])
+        return Generation(best.text, len(best.token_ids), best.finish_reason or "stop", logprobs, read)
 
     async def close(self) -> None:
         """Ends the engine."""
@@ -296,14 +281,15 @@ class HTTPGeneration:
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"] or ""
-            tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
+            usage = answer.get("usage") or {}
+            tokens, read = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
             steps = (choice.get("logprobs") or {}).get("content")
             logprobs = None
             if steps is not None:
                 logprobs = tuple({top["token"]: top["logprob"] for top in step["top_logprobs"]} for step in steps)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ModelError("the answer holds no message", where=self._server.url, remedy="Check base_url") from None
-        return Generation(text, tokens, choice.get("finish_reason") or "stop", logprobs)
+        return Generation(text, tokens, choice.get("finish_reason") or "stop", logprobs, read)
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -23,9 +23,9 @@ from rmsearch.contract import (
     write_contract,
 )
 from rmsearch.errors import ModelError
+from rmsearch.storage.models import SCORE_FILE
 
 ADAPTER_FILE = "adapter_config.json"
-SCORE_FILE = "score.pt"  # upstream's converted folders: a causal model and, beside it, the head's weight [1, hidden]
 # Names under which GRM-like checkpoints keep a linear head of shape [1, hidden].
 HEAD_ALIASES = ("v_head.weight", "v_head.summary.weight", "value_head.weight", "reward_head.weight")
 # A Qwen3 tokenizer has several tokens that read yes; the reranker was trained with the lower-case ones.

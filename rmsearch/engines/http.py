@@ -221,10 +221,13 @@ class TextPairs:
 
 
 class HTTPScoring:
-    """Backend for rewards: ids to /classify, or texts to /score or /rerank (raw rewards asked for in each)."""
+    """Backend for rewards: ids to /classify, or texts to /score or /rerank (raw rewards asked for in each).
+
+    model: the server's name for it.
+    """
 
     def __init__(self, server: Server, model: str | None, route: Route, *, prefix_cache: bool, fallback: bool) -> None:
-        self._server, self._model, self._route, self._fallback = server, model, route, fallback
+        self.model, self._server, self._route, self._fallback = model, server, route, fallback
         self.limits = Limits(
             batch_tokens=BATCH_TOKENS,
             batch_size=BATCH,
@@ -248,7 +251,7 @@ class HTTPScoring:
         return await self._rerank(batch)
 
     def _body(self, **fields: Any) -> dict[str, Any]:
-        return ({"model": self._model} if self._model else {}) | {"use_activation": False} | fields
+        return ({"model": self.model} if self.model else {}) | {"use_activation": False} | fields
 
     async def _classify(self, batch: list[Rendered]) -> np.ndarray:
         answer = await self._server.post("/classify", self._body(input=[each.ids for each in batch]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rmsearch.contract import CONTRACT_FILE, Contract, model_facts, resolve_contract
 from rmsearch.engines.embedding import EmbeddingSpec, TextEmbedder, TextInputs, TokenInputs, pooled, resolve_embedding
 from rmsearch.engines.heads import adapter_base, classifier_folder, is_adapter, merged_folder
+from rmsearch.engines.options import EngineOptions
 from rmsearch.engines.scheduler import PairScorer
 from rmsearch.errors import ConfigError
 from rmsearch.prompts import Renderer, Template
@@ -18,6 +19,29 @@ from rmsearch.storage.uri import is_s3
 if TYPE_CHECKING:
     from rmsearch.engines.generation import TextGenerator
     from rmsearch.engines.http import Server
+
+LOCAL_OPTIONS = {"device"}  # of the transformers engine
+SERVER_OPTIONS = {"model", "timeout_s", "attempts"}
+
+
+def scorer(
+    name: str, options: EngineOptions, *, lora: str | None, template: str | Template | None, max_length: int | None
+) -> PairScorer:
+    """The scorer that ``load_scorer`` returns."""
+    if options.engine == "http":
+        return http_scorer(name, options, lora=lora, template=template, max_length=max_length)
+    reward = open_reward(name, lora, template, max_length)
+    return vllm_scorer(reward, options) if options.engine == "vllm" else transformers_scorer(reward, options)
+
+
+def embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+    """The embedder that ``load_embedder`` returns."""
+    return http_embedder(name, options, wishes) if options.engine == "http" else local_embedder(name, options, wishes)
+
+
+def generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
+    """The generator that ``load_generator`` returns."""
+    return http_generator(name, options) if options.engine == "http" else local_generator(name, options, max_length)
 
 
 @dataclass(frozen=True)
@@ -57,19 +81,17 @@ def open_reward(name: str, lora: str | None, template: str | Template | None, ma
     )
 
 
-def transformers_scorer(reward: Reward, *, dtype: str, batch_tokens: int | None, options: dict[str, Any]) -> PairScorer:
+def transformers_scorer(reward: Reward, options: EngineOptions) -> PairScorer:
     """A scorer with torch on this machine."""
     from rmsearch.engines.transformers import load_classifier, scoring_backend
 
-    _check_options(options, "transformers", {"device"})
-    model = load_classifier(
-        reward.folder, reward.tokenizer, reward.contract, dtype=dtype, lora=reward.adapter, **options
-    )
-    backend = scoring_backend(model, reward.contract, reward.tokenizer, batch_tokens)
+    how = {"dtype": options.dtype, **options.extra_of(LOCAL_OPTIONS)}
+    model = load_classifier(reward.folder, reward.tokenizer, reward.contract, lora=reward.adapter, **how)
+    backend = scoring_backend(model, reward.contract, reward.tokenizer, options.batch_tokens)
     return PairScorer(backend, reward.renderer, reward.contract)
 
 
-def vllm_scorer(reward: Reward, *, dtype: str, arguments: dict[str, Any]) -> PairScorer:
+def vllm_scorer(reward: Reward, options: EngineOptions) -> PairScorer:
     """A scorer with vLLM in this process; what vLLM can't serve as it is gets merged or converted first."""
     from rmsearch.engines.vllm import scoring_engine
 
@@ -77,7 +99,8 @@ def vllm_scorer(reward: Reward, *, dtype: str, arguments: dict[str, Any]) -> Pai
     if adapter is not None and not _vllm_serves_adapter(reward):
         folder, adapter = _merged(reward, adapter), None
     folder = classifier_folder(folder, reward.tokenizer, reward.name)
-    backend = scoring_engine(folder, reward.contract, dtype=dtype, adapter=adapter, arguments=arguments)
+    arguments = options.vllm_arguments()
+    backend = scoring_engine(folder, reward.contract, dtype=options.dtype, adapter=adapter, arguments=arguments)
     return PairScorer(backend, reward.renderer, reward.contract)
 
 
@@ -101,45 +124,55 @@ def _merged(reward: Reward, adapter: Path) -> Path:
 
 def is_local(name: str) -> bool:
     """Whether a model's name means files that we can open without asking a model hub."""
-    return is_s3(name) or name in PACKAGED_NAMES or Path(name).expanduser().is_dir()
+    return name != "" and (is_s3(name) or name in PACKAGED_NAMES or Path(name).expanduser().is_dir())
+
+
+def _connect(options: EngineOptions) -> Server:
+    from rmsearch.engines.http import Server
+
+    assert options.base_url is not None, "pick_engine asks for one"
+    settings = {name: value for name, value in options.extra.items() if name in ("timeout_s", "attempts")}
+    return Server(options.base_url, concurrency=options.concurrency, **settings)
+
+
+def _connect_to_model(options: EngineOptions, model: str | None, max_length: int | None) -> tuple[Server, str | None]:
+    """The server and its name for the model; see `rmsearch.engines.http.served_model`."""
+    from rmsearch.engines.http import served_model
+
+    server = _connect(options)
+    try:
+        return server, served_model(server, model, max_length)
+    except BaseException:
+        server.close_sync()
+        raise
 
 
 def http_scorer(
-    name: str,
-    base_url: str,
-    *,
-    lora: str | None,
-    template: str | Template | None,
-    max_length: int | None,
-    concurrency: int | None,
-    options: dict[str, Any],
+    name: str, options: EngineOptions, *, lora: str | None, template: str | Template | None, max_length: int | None
 ) -> PairScorer:
     """A scorer behind a server.
 
     A model whose folder is here too is sent as token ids, or, when it needs token types (which ids over HTTP lack), as
-    texts cut to its length. Any other name is the server's own, and gets texts.
+    texts cut to its length. Any other name is the server's own, and gets texts; without one the server's only model is
+    meant.
     """
-    from rmsearch.engines.http import HTTPScoring, Server, TextRenderer, served_model
+    from rmsearch.engines.http import HTTPScoring, TextRenderer
 
-    options = dict(options)
-    model, route = options.pop("model", None), options.pop("route", "auto")
-    _check_options(options, "http", {"timeout_s", "attempts"})
+    extra = options.extra_of(SERVER_OPTIONS | {"route"})
+    model, route = extra.get("model"), extra.get("route", "auto")
     if route not in ("auto", "classify", "score", "rerank"):
         raise ConfigError(f"unknown route {route!r}", remedy="One of: auto, classify, score, rerank")
     reward = open_reward(name, lora, template, max_length) if is_local(name) else None
     if reward is None and (template is not None or lora is not None or route == "classify"):
         raise ConfigError(
-            f"{name!r} is no folder here, so a template, an adapter or token ids cannot be applied to it",
+            f"the model {name!r} is no folder here, so a template, an adapter or token ids cannot be applied to it",
             remedy="Give the model's folder or s3:// URI, and the server's name for it as model=…",
         )
     route = _route(route, reward)
-    server = Server(base_url, concurrency=concurrency, **options)
-    try:
-        length = None if reward is None else reward.contract.max_length
-        served = served_model(server, model if reward is not None else model or name, length)
-    except BaseException:
-        server.close_sync()
-        raise
+    if reward is None:
+        server, served = _connect_to_model(options, model or name or None, None)
+    else:
+        server, served = _connect_to_model(options, model, reward.contract.max_length)
     prefix_cache = reward is not None and reward.contract.pooling == "last"
     backend = HTTPScoring(server, served, route, prefix_cache=prefix_cache, fallback=reward is None)
     if reward is not None and route == "classify":
@@ -167,17 +200,7 @@ def _route(route: str, reward: Reward | None) -> Any:
     return "classify" if route == "auto" else route
 
 
-def _check_options(options: dict[str, Any], engine: str, known: set[str]) -> None:
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ConfigError(
-            f"the {engine} engine does not know {', '.join(unknown)}", remedy=f"It knows {', '.join(sorted(known))}"
-        )
-
-
-def local_embedder(
-    engine: str, name: str, *, dtype: str, batch_tokens: int | None, wishes: dict[str, Any], options: dict[str, Any]
-) -> TextEmbedder:
+def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
     """An embedder with transformers or vLLM on this machine."""
     from rmsearch.engines.transformers import TransformersBackend, load_encoder, load_tokenizer, require_torch
 
@@ -186,29 +209,25 @@ def local_embedder(
     spec = resolve_embedding(folder, name, **wishes)
     tokenizer = load_tokenizer(folder)
     inputs = TokenInputs(tokenizer, spec.max_length)
-    if engine == "vllm":
+    if options.engine == "vllm":
         from rmsearch.engines.vllm import embedding_engine
 
-        stored = model_facts(folder).dtype
-        return TextEmbedder(embedding_engine(folder, spec, dtype=dtype, stored=stored, arguments=options), inputs, spec)
-    _check_options(options, "transformers", {"device"})
-    model = load_encoder(folder, dtype=dtype, **options)
+        stored, arguments = model_facts(folder).dtype, options.vllm_arguments()
+        backend = embedding_engine(folder, spec, dtype=options.dtype, stored=stored, arguments=arguments)
+        return TextEmbedder(backend, inputs, spec)
+    model = load_encoder(folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    backend = TransformersBackend(model, pooled(spec.pooling), pad_token_id=pad, batch_tokens=batch_tokens)
-    return TextEmbedder(backend, inputs, spec)
+    read_out, tokens = pooled(spec.pooling), options.batch_tokens
+    return TextEmbedder(TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=tokens), inputs, spec)
 
 
-def http_embedder(
-    name: str, base_url: str, *, concurrency: int | None, wishes: dict[str, Any], options: dict[str, Any]
-) -> TextEmbedder:
+def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
     """An embedder behind /v1/embeddings: ids for a model whose folder is here too, else texts."""
     from rmsearch.engines.embedding import prefixes
-    from rmsearch.engines.http import HTTPEmbedding, Server, served_model
+    from rmsearch.engines.http import HTTPEmbedding
     from rmsearch.engines.transformers import load_tokenizer
 
-    options = dict(options)
-    model = options.pop("model", None)
-    _check_options(options, "http", {"timeout_s", "attempts"})
+    model = options.extra_of(SERVER_OPTIONS).get("model")
     inputs: TokenInputs | TextInputs
     if is_local(name):
         folder = open_model(name)
@@ -218,18 +237,11 @@ def http_embedder(
         query, key = prefixes(name, wishes["query_instruction"], wishes["key_instruction"])
         spec = EmbeddingSpec(wishes["pooling"] or "mean", wishes["max_length"] or 0, query, key)
         inputs, model = TextInputs(), model or name
-    server = Server(base_url, concurrency=concurrency, **options)
-    try:
-        served = served_model(server, model, None)
-    except BaseException:
-        server.close_sync()
-        raise
+    server, served = _connect_to_model(options, model, None)
     return TextEmbedder(HTTPEmbedding(server, served), inputs, spec)
 
 
-def local_generator(
-    engine: str, name: str, *, dtype: str, max_length: int | None, options: dict[str, Any]
-) -> TextGenerator:
+def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
     from rmsearch.engines.generation import TextGenerator, TransformersGeneration, VLLMGeneration
     from rmsearch.engines.transformers import load_causal, load_tokenizer, require_torch
@@ -237,23 +249,19 @@ def local_generator(
     require_torch()
     folder = open_model(name)
     tokenizer = load_tokenizer(folder)
-    if engine == "vllm":
+    if options.engine == "vllm":
         from rmsearch.engines.vllm import generating_engine
 
-        stored = model_facts(folder).dtype
-        started = generating_engine(folder, dtype=dtype, stored=stored, max_length=max_length, arguments=options)
-        return TextGenerator(VLLMGeneration(started, tokenizer))
-    _check_options(options, "transformers", {"device"})
-    return TextGenerator(TransformersGeneration(load_causal(folder, dtype=dtype, **options), tokenizer))
+        stored, arguments = model_facts(folder).dtype, options.vllm_arguments()
+        how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
+        return TextGenerator(VLLMGeneration(generating_engine(folder, arguments=arguments, **how), tokenizer))
+    model = load_causal(folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
+    return TextGenerator(TransformersGeneration(model, tokenizer))
 
 
-def http_generator(name: str, base_url: str, *, concurrency: int | None, options: dict[str, Any]) -> TextGenerator:
+def http_generator(name: str, options: EngineOptions) -> TextGenerator:
     """A generator behind /v1/chat/completions."""
     from rmsearch.engines.generation import HTTPGeneration, TextGenerator
-    from rmsearch.engines.http import Server
 
-    options = dict(options)
-    model = options.pop("model", None) or name
-    _check_options(options, "http", {"timeout_s", "attempts"})
-    server: Server = Server(base_url, concurrency=concurrency, **options)
-    return TextGenerator(HTTPGeneration(server, model))
+    model = options.extra_of(SERVER_OPTIONS).get("model") or name
+    return TextGenerator(HTTPGeneration(_connect(options), model))

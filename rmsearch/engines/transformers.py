@@ -82,6 +82,17 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
+    """(the model, names of the weights that are missing and so random) of a transformers class; ModelError when the
+    folder does not load."""
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
+    return model, set(info["missing_keys"])
+
+
 def load_classifier(
     folder: Path,
     tokenizer: Any,
@@ -100,18 +111,8 @@ def load_classifier(
     where = pick_device(device)
     head = None if lora is not None and _has_head(lora) else foreign_head(folder, tokenizer)
     config = AutoConfig.from_pretrained(str(folder), num_labels=1)
-    try:
-        with quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=pick_dtype(dtype, where, contract.dtype),
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
-    missing = set(info["missing_keys"])
+    chosen = pick_dtype(dtype, where, contract.dtype)
+    model, missing = load_weights(AutoModelForSequenceClassification, folder, config=config, dtype=chosen)
     if head is not None:
         model.score.weight.data.copy_(head)
         missing.discard("score.weight")
@@ -255,14 +256,8 @@ def load_causal(folder: Path, *, dtype: str = "auto", device: str | None = None)
 def _load_whole(kind: Any, folder: Path, dtype: str, device: str | None, unused: str | None) -> Any:
     where = pick_device(device)
     chosen = pick_dtype(dtype, where, model_facts(folder).dtype)
-    try:
-        with quiet():
-            model, info = kind.from_pretrained(
-                str(folder), dtype=chosen, output_loading_info=True, use_safetensors=True
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
-    missing = {name for name in info["missing_keys"] if unused is None or unused not in name}
+    model, missing = load_weights(kind, folder, dtype=chosen)
+    missing = {name for name in missing if unused is None or unused not in name}
     if missing:
         raise ModelError(
             f"these weights are missing: {', '.join(sorted(missing)[:4])}",

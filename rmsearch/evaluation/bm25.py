@@ -81,7 +81,7 @@ def _best(index: Any, asked: list[list[str]], own: list[int], k: int) -> tuple[n
     """(positions int64[n, k], scores float32[n, k]); -inf marks an empty slot."""
     import numpy as np
 
-    from rmsearch.topk import TopK
+    from rmsearch.searching.topk import TopK
 
     best = TopK(len(asked), k)
     for row, words in enumerate(asked):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rmsearch.evaluation.first_stage import rankings, self_positions, write_outputs
 from rmsearch.evaluation.flags import DatasetFlags, EngineFlags, note_dataset
-from rmsearch.evaluation.vectors import ExactSearch, VectorCache, embedded, product
+from rmsearch.evaluation.vectors import ExactSearch, VectorCache, embedded, product, vector_identity
 from rmsearch.stage import Run, main, option, stage, target, tuning
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ async def _rank(config: EmbedConfig, run: Run, beir: Beir) -> dict[str, dict[str
     try:
         if config.no_normalize:
             embedder.spec = replace(embedder.spec, normalize=False)
-        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", _identity(config, embedder))
+        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", vector_identity(config, embedder))
         found = await _search(config, run, beir, embedder, cache)
     finally:
         await embedder.close()
@@ -101,15 +101,6 @@ async def _search(
             await asyncio.to_thread(search.add, first, vectors)
             shown.advance(len(vectors))
     return rankings(query_ids, key_ids, *search.result())
-
-
-def _identity(config: EmbedConfig, embedder: Embedder) -> str:
-    """All but the texts that affects a vector."""
-    from rmsearch.storage import uri
-    from rmsearch.storage.models import open_model
-
-    model = config.base_url or uri.digest(str(open_model(config.model_name)))
-    return f"{model} {config.model_name if config.base_url else ''} {config.dtype} {embedder.spec}"
 
 
 def _count(run: Run, embedder: Embedder, cache: VectorCache) -> None:

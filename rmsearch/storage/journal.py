@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import tempfile
 import threading
 from collections.abc import Iterable
 from types import TracebackType
@@ -21,6 +23,8 @@ from rmsearch.progress import say
 from rmsearch.storage import uri as uris
 from rmsearch.storage.formats import malformed, plain
 from rmsearch.storage.journal_stores import HEAD, LocalStore, S3Store, Store
+
+IN_MEMORY = 64  # bytes of a value that stays in memory
 
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=plain).encode
 
@@ -42,6 +46,7 @@ class Journal:
         self.uri, self.fingerprint = uri, fingerprint
         self._index: dict[bytes | str, Any] = {}
         self._lock = threading.RLock()
+        self._spill: Any = None
         self._store: Store | None = None
 
     def __enter__(self) -> Journal:
@@ -49,7 +54,7 @@ class Journal:
         self._store = S3Store(self.uri, head) if uris.is_s3(self.uri) else LocalStore(self.uri, head)
         try:
             for key, value in self._store.load():
-                self._index[_short(key)] = _packed(value)
+                self._index[_short(key)] = self._packed(value)
         except BaseException:
             self._store.close()
             raise
@@ -77,7 +82,10 @@ class Journal:
 
     def get(self, key: str) -> Any:
         """The value put under ``key`` (as JSON gives it back: tuples are lists), or None."""
-        return _unpacked(self._index.get(_short(key)))
+        kept = self._index.get(_short(key))
+        if type(kept) is _Place:
+            kept = os.pread(self._spill.fileno(), kept & _LENGTH, kept >> 32)
+        return json.loads(kept) if isinstance(kept, bytes) else kept
 
     def put(self, key: str, value: Any) -> None:
         """Keep one answer. Raises RecordError for a value that JSON cannot hold (NaN too)."""
@@ -91,17 +99,31 @@ class Journal:
                 lines.append(f"[{json.dumps(key)},{_encode(value)}]\n".encode())
             except (TypeError, ValueError, RecursionError) as error:
                 raise malformed(self.uri, None, error) from error
-            packed.append((_short(key), _packed(value)))
+            packed.append((_short(key), value))
         with self._lock:
             if self._store is None:
                 raise RuntimeError("the journal is not open; use it in a with block")
             self._store.append(b"".join(lines))
-            self._index.update(packed)
+            self._index.update((key, self._packed(value)) for key, value in packed)
 
     def flush(self) -> None:
         """Push everything to the disk or the bucket."""
         if self._store is not None:
             self._store.flush()
+
+    def _packed(self, value: Any) -> Any:
+        """Numbers stay numbers; all else becomes JSON bytes, and long ones (a language model's answers) go to an
+        unnamed temporary file, so that memory holds about a hundred bytes an item whatever its size."""
+        if type(value) in (int, float, bool, type(None)):
+            return value
+        data = _encode(value).encode()
+        if len(data) <= IN_MEMORY:
+            return data
+        if self._spill is None:
+            self._spill = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the journal
+        offset = self._spill.seek(0, os.SEEK_END)
+        self._spill.write(data)
+        return _Place(offset << 32 | len(data))
 
     def discard(self) -> None:
         """Delete the journal: call it when the output is complete."""
@@ -124,10 +146,8 @@ def _short(key: str) -> bytes | str:
     return key
 
 
-def _packed(value: Any) -> Any:
-    """Numbers stay numbers; all else is kept as JSON bytes, which are smaller than the objects."""
-    return value if type(value) in (int, float, bool, type(None)) else _encode(value).encode()
+class _Place(int):
+    """Where a value lies in the spill file: offset << 32 | length."""
 
 
-def _unpacked(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, bytes) else value
+_LENGTH = (1 << 32) - 1

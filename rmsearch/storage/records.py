@@ -45,7 +45,14 @@ def read_records(uri: str) -> Iterator[dict[str, Any]]:
 
     Raises ConfigError (suffix), InputMissingError, and RecordError with ``file:row`` for what does not parse.
     """
-    return (record for _, record in _numbered(uri))
+    return (record for _, record in numbered_records(uri))
+
+
+def numbered_records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of a file, one at a time; errors name the record by that number. Raises as `read_records`."""
+    read = NUMBERED_READERS[suffix_of(uri).removesuffix(".gz")]
+    with _input(uri) as stream, _broken_gzip(uri):
+        yield from read(stream, uri)
 
 
 def read_batches(uri: str, size: int) -> Iterator[list[dict[str, Any]]]:
@@ -61,7 +68,7 @@ def read_models(uri: str, model: type[M]) -> Iterator[M]:
     from pydantic import ValidationError
 
     from_csv = suffix_of(uri).startswith("csv")
-    for row, record in _numbered(uri):
+    for row, record in numbered_records(uri):
         try:
             yield model.model_validate(record)
         except ValidationError as error:
@@ -145,12 +152,6 @@ def _json_only(uri: str) -> None:
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON value; write null")
-
-
-def _numbered(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    read = NUMBERED_READERS[suffix_of(uri).removesuffix(".gz")]
-    with _input(uri) as stream, _broken_gzip(uri):
-        yield from read(stream, uri)
 
 
 def _dicts(uri: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmsearch.train.orders import implied
+
 if TYPE_CHECKING:
     from rmsearch.train.data import Encoded
 
@@ -15,11 +17,11 @@ PAD_MULTIPLE = 8
 
 
 def pair_order(groups: np.ndarray, lengths: np.ndarray, batch: int, seed: int, epoch: int) -> np.ndarray:
-    """An order of the pairs, int64[n], to be cut into batches of ``batch``; the same for the same seed and epoch.
+    """An order of the rows, int64[n], to be cut into batches of ``batch``; the same for the same seed and epoch.
 
-    Pairs of a group stay together (one forward pass serves their shared inputs). Groups are shuffled, then sorted by
-    length inside chunks of 32 batches, and the batches are shuffled, so that little is padding.
-    groups: int64[n]; lengths: int64[n], tokens of the longer input of each pair.
+    Rows (pairs, mostly) of a group stay together: one forward pass serves their shared inputs. Groups are shuffled,
+    then sorted by length inside chunks of 32 batches, and the batches are shuffled, so that little is padding.
+    groups: int64[n]; lengths: int64[n], tokens of the longest input of each row.
     """
     rng = np.random.default_rng((seed, epoch))
     _, group = np.unique(groups, return_inverse=True)
@@ -38,12 +40,14 @@ def pair_order(groups: np.ndarray, lengths: np.ndarray, batch: int, seed: int, e
 
 
 class PairSampler:
-    """Positions of pairs, epoch by epoch; what `torch.utils.data.DataLoader` takes as a sampler."""
+    """Positions of rows, epoch by epoch; what `torch.utils.data.DataLoader` takes as a sampler. A row is what goes into
+    a batch whole: one pair, or a list of candidates with all of its pairs."""
 
     def __init__(self, data: Encoded, batch: int, seed: int) -> None:
-        self._groups, self._batch, self._seed, self.epoch = data.group, batch, seed, 0
-        lengths = data.lengths
-        self._lengths = np.maximum(lengths[data.chosen], lengths[data.rejected])
+        self._batch, self._seed, self.epoch = batch, seed, 0
+        first, lengths = data.starts[:-1], data.lengths
+        self._groups = data.group[first]
+        self._lengths = np.maximum.reduceat(np.maximum(lengths[data.chosen], lengths[data.rejected]), first)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -58,24 +62,49 @@ class PairSampler:
 
 class PairCollator:
     """Rows ``{"row": position}`` to tensors: input_ids and attention_mask int64[m, length] of the m distinct inputs,
-    chosen and rejected int64[n] (positions among the m), margin float32[n]."""
+    chosen and rejected int64[n] (positions among the m), margin float32[n], row int64[n] (each pair's row, counted from
+    0 in the batch), and ``stated``, how many pairs the data states.
 
-    def __init__(self, data: Encoded, pad_token_id: int, limit: int, margin_scale: float) -> None:
+    ``whole_order`` adds the pairs that follow from those of a row, without margins; else n is ``stated``.
+    """
+
+    def __init__(
+        self, data: Encoded, pad_token_id: int, limit: int, margin_scale: float, *, whole_order: bool = False
+    ) -> None:
         self._data, self._pad, self._limit, self._scale = data, pad_token_id, limit, margin_scale
+        self._starts, self._whole_order = data.starts, whole_order
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         import torch
 
-        data, picked = self._data, np.fromiter((row["row"] for row in rows), np.int64, len(rows))
-        both = np.concatenate([data.chosen[picked], data.rejected[picked]])
-        distinct, place = np.unique(both, return_inverse=True)
+        data, starts = self._data, self._starts
+        spans = [np.arange(starts[row["row"]], starts[row["row"] + 1]) for row in rows]
+        picked, row = np.concatenate(spans), np.repeat(np.arange(len(rows)), [len(span) for span in spans])
+        chosen, rejected = data.chosen[picked], data.rejected[picked]
+        margin = data.margin[picked] * np.float32(self._scale)
+        if self._whole_order:
+            chosen, rejected, row = _whole_order(chosen, rejected, row)
+            margin = np.zeros(len(chosen), np.float32)
+        distinct, place = np.unique(np.concatenate([chosen, rejected]), return_inverse=True)
         batch = padded([data.inputs[i] for i in distinct], self._pad, self._limit)
         pair_tensors = {
-            "chosen": torch.from_numpy(place[: len(rows)]),
-            "rejected": torch.from_numpy(place[len(rows) :]),
-            "margin": torch.from_numpy(data.margin[picked] * np.float32(self._scale)),
+            "chosen": torch.from_numpy(place[: len(chosen)]),
+            "rejected": torch.from_numpy(place[len(chosen) :]),
+            "margin": torch.from_numpy(margin),
+            "row": torch.from_numpy(row),
         }
-        return batch | pair_tensors
+        return {**batch, **pair_tensors, "stated": len(picked)}
+
+
+def _whole_order(chosen: np.ndarray, rejected: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Chosen, rejected and row of all pairs that the pairs of each row imply."""
+    found = []
+    for number in range(row[-1] + 1):
+        own = row == number
+        members, place = np.unique(np.concatenate([chosen[own], rejected[own]]), return_inverse=True)
+        pairs = np.asarray(implied(len(members), list(zip(*place.reshape(2, -1).tolist(), strict=True))))
+        found.append((members[pairs[:, 0]], members[pairs[:, 1]], np.full(len(pairs), number)))
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True))
 
 
 def padded(inputs: Sequence[np.ndarray], pad: int, limit: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class TrainingConfig(StageConfig):
     warmup_ratio: float = option(0.05, "Share of the steps over which the rate rises.", ge=0, lt=1)
     weight_decay: float = option(0.0, "AdamW's weight decay.", ge=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", ge=0)
-    loss: Loss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")
+    loss: Loss = option("bradley-terry", "What is minimised; each trainer names those it has.")
     margin_scale: float = option(1.0, "Factor on the pairs' margins; 0 ignores them.", ge=0)
     center_rewards: float | None = option(None, "Weight of (chosen + rejected)², which keeps rewards around 0.", ge=0)
     dropout: float = option(0.0, "Dropout of the base model while training (TRL: 0).", ge=0, lt=1)

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from rmsearch.datasets.records import Message, MessagePair, read_preferences
 from rmsearch.errors import RecordError
-from rmsearch.templates import TEMPLATES, Template
+from rmsearch.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from rmsearch.prompts import Renderer
 
+T = TypeVar("T")
 Reject = Callable[[Any, str], None]
 _BATCH = 2048
 
@@ -43,7 +44,8 @@ class Encoded:
 
     inputs: int32[length] each, distinct; chosen, rejected: int64[n], positions in ``inputs``; margin: float32[n], 0
     when unknown; group: int64[n], equal for pairs of one query and one chosen key; counts: what was read, cut and
-    refused; queries: digests of the distinct queries.
+    refused; queries: digests of the distinct queries; start: int64[rows + 1], when pairs come in rows that go into a
+    batch whole: those of row i are start[i] to start[i + 1].
     """
 
     inputs: list[np.ndarray] = field(repr=False)
@@ -53,9 +55,15 @@ class Encoded:
     group: np.ndarray = field(repr=False)
     counts: dict[str, int]
     queries: set[bytes] = field(repr=False, default_factory=set)
+    start: np.ndarray | None = field(repr=False, default=None)
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where the pairs of each row start, and their end; without rows each pair is its own."""
+        return np.arange(len(self) + 1) if self.start is None else self.start
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,14 +75,14 @@ class Encoded:
         if not size or len(self) <= size:
             return self
         keep = np.sort(np.random.default_rng(seed).choice(len(self), size, replace=False))
-        return Encoded(
-            self.inputs,
-            self.chosen[keep],
-            self.rejected[keep],
-            self.margin[keep],
-            self.group[keep],
-            self.counts | {"pairs": size},
-            self.queries,
+        return replace(
+            self,
+            chosen=self.chosen[keep],
+            rejected=self.rejected[keep],
+            margin=self.margin[keep],
+            group=self.group[keep],
+            counts=self.counts | {"pairs": size},
+            start=None,
         )
 
 
@@ -89,7 +97,7 @@ class Table:
 
     def add(self, texts: Sequence[tuple[str, str]]) -> list[int]:
         """Positions of the inputs of (query, key) texts."""
-        digests = [_digest(*each) for each in texts]
+        digests = [text_digest(*each) for each in texts]
         fresh = {d: each for d, each in zip(digests, texts, strict=True) if d not in self._known}
         queries = {query: i for i, query in enumerate(dict.fromkeys(query for query, _ in fresh.values()))}
         keys = {key: i for i, key in enumerate(dict.fromkeys(key for _, key in fresh.values()))}
@@ -101,15 +109,17 @@ class Table:
         return [self._known[digest] for digest in digests]
 
 
-def _digest(query: str, key: str) -> bytes:
+def text_digest(query: str, key: str) -> bytes:
+    """What a (query, key) pair of texts is remembered by."""
     state = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16)
     state.update(b"\0\xff\0" + key.encode("utf-8", "surrogatepass"))
     return state.digest()
 
 
-def _batches(items: Iterable[Pair]) -> Iterator[list[Pair]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items; the last may be shorter."""
     iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH)):
+    while batch := list(islice(iterator, size)):
         yield batch
 
 
@@ -130,7 +140,7 @@ def read_pairs(uri: str) -> Iterator[Pair]:
 
 
 def _from_messages(record: MessagePair, where: str) -> Pair:
-    chosen, rejected = _take_apart(record.chosen_msg), _take_apart(record.rejected_msg)
+    chosen, rejected = take_apart(record.chosen_msg), take_apart(record.rejected_msg)
     if chosen is None or rejected is None:
         raise RecordError(
             "the chat is in no known prompt, so query and key cannot be told apart",
@@ -142,7 +152,7 @@ def _from_messages(record: MessagePair, where: str) -> Pair:
     return Pair(chosen[1], chosen[2], rejected[2], record.margin, chosen[0])
 
 
-def _take_apart(messages: Sequence[Message]) -> tuple[str | None, str, str] | None:
+def take_apart(messages: Sequence[Message]) -> tuple[str | None, str, str] | None:
     """(upstream template's name, query, key) of a rendered chat; a last answer of another chat counts as the key."""
     roles = tuple(each.role for each in messages)
     for name, expected, patterns in _upstream_patterns():
@@ -188,7 +198,7 @@ def encode_pairs(pairs: Iterable[Pair], renderer: Renderer, reject: Reject | Non
     table, groups, queries = Table(renderer), dict[int, int](), set[bytes]()
     chosen, rejected, margins, group = [], [], [], []
     read = same = with_margin = 0
-    for batch in _batches(pairs):
+    for batch in batches(pairs, _BATCH):
         read += len(batch)
         left = table.add([(pair.query, pair.chosen) for pair in batch])
         right = table.add([(pair.query, pair.rejected) for pair in batch])
@@ -203,7 +213,7 @@ def encode_pairs(pairs: Iterable[Pair], renderer: Renderer, reject: Reject | Non
             margins.append(pair.margin or 0.0)
             with_margin += pair.margin is not None
             group.append(groups.setdefault(a, len(groups)))
-            queries.add(_digest(pair.query, ""))
+            queries.add(text_digest(pair.query, ""))
     counts = {"pairs": len(chosen), "queries": len(queries), "inputs": len(table.inputs)}
     counts |= {"truncated": table.truncated, "same_tokens": same, "with_margin": with_margin, "read": read}
     return Encoded(
@@ -215,8 +225,3 @@ def encode_pairs(pairs: Iterable[Pair], renderer: Renderer, reject: Reject | Non
         counts,
         queries,
     )
-
-
-def default_template_for(data_template: str | None, base: Template) -> Template:
-    """The template to train a decoder with: the prompt the data was made for, else the base model's own default."""
-    return TEMPLATES[data_template] if data_template and base.kind != "encoder" else base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from rmsearch.train.data import Encoded
     from rmsearch.train.loop import Evaluation, Stop
     from rmsearch.train.model import Base
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: what was asked for, what it learns from, what measures it, and what is kept of it."""
+
+    config: TrainingConfig
+    run: Run
+    base: Base
+    train: Encoded
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+    stop: Stop
 
 
 def require_train() -> None:
@@ -81,11 +95,14 @@ def fit(config: TrainingConfig, run: Run, base: Base, train: Encoded, test: Enco
     checkpoints = Checkpoints(config.output_dir, run.fingerprint, settings_of(config))
     checkpoints.contract = checkpoint_contract(config, base)
     stop = loop.Stop(config.time_limit_minutes)
-    trained, trainer = train_model(config, run, base, train, evaluation, checkpoints, stop)
+    training = Training(config, run, base, train, evaluation, checkpoints, stop)
+    trained, trainer = train_model(training)
+    if trainer.stated:
+        run.counts["forwards_per_pair"] = round(trainer.forwarded / trainer.stated, 4)
     if stop.signalled:
         raise KeyboardInterrupt("the state is saved")
     if trainer.is_world_process_zero():
-        export_outcome(config, run, base, train, evaluation, checkpoints, trained, trainer)
+        export_outcome(training, trained, trainer)
         if stop.timed_out:
             run.say("time_limit", minutes=config.time_limit_minutes, steps=trainer.state.global_step)
     trainer.accelerator.wait_for_everyone()
@@ -166,15 +183,7 @@ def wrap(config: TrainingConfig, base: Base) -> Any:
     return model
 
 
-def train_model(
-    config: TrainingConfig,
-    run: Run,
-    base: Base,
-    train: Encoded,
-    evaluation: Evaluation,
-    checkpoints: Checkpoints,
-    stop: Stop,
-) -> tuple[Any, Any]:
+def train_model(training: Training) -> tuple[Any, Any]:
     """Trains, resuming from this run's newest complete checkpoint; returns (model, trainer)."""
     from accelerate import PartialState
     from transformers import set_seed
@@ -182,6 +191,7 @@ def train_model(
     from rmsearch.train import loop
     from rmsearch.train.trackers import tracker_callbacks
 
+    config, run, base, checkpoints = training.config, training.run, training.base, training.checkpoints
     bf16, _, _ = precision(config, base.facts.dtype)
     arguments = loop.training_arguments(config, checkpoints.work, encoder=base.facts.encoder, bf16=bf16)
     PartialState().wait_for_everyone()  # all have looked at the output before anything there changes
@@ -190,11 +200,11 @@ def train_model(
     set_seed(config.seed)
     model = wrap(config, base)
     with run.progress(None, "steps") as bar:
-        flow = loop.flow_callback(config, evaluation, stop, bar.advance)
+        flow = loop.flow_callback(config, training.evaluation, training.stop, bar.advance)
         trainer = loop.trainer_type()(
-            pairs=train,
+            pairs=training.train,
             config=config,
-            evaluation=evaluation,
+            evaluation=training.evaluation,
             checkpoints=checkpoints,
             limit=base.facts.max_positions,
             model=model,
@@ -204,9 +214,9 @@ def train_model(
         )
         flow.trainer, flow.bar = trainer, bar
         if resume is not None:
-            _restore(run, trainer, evaluation, checkpoints, resume)
+            _restore(training, trainer, resume)
         if config.max_steps != 0 and not _is_over(trainer, resume):
-            with stop.watching():
+            with training.stop.watching():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), trainer
 
@@ -219,18 +229,18 @@ def _same_everywhere(resume: Path | None) -> Path | None:
     return Path(shared[0]) if shared[0] else None
 
 
-def _restore(run: Run, trainer: Any, evaluation: Evaluation, checkpoints: Checkpoints, resume: Path) -> None:
+def _restore(training: Training, trainer: Any, resume: Path) -> None:
     """Takes up the measurements of the interrupted run."""
     state = json.loads((resume / "trainer_state.json").read_text())
     step = state["global_step"]
-    run.say("resumed", step=step, checkpoint=str(resume))
-    run.note(resumed_at_step=step)
+    training.run.say("resumed", step=step, checkpoint=str(resume))
+    training.run.note(resumed_at_step=step)
     for entry in state["log_history"]:
         measured = {key: value for key, value in entry.items() if key.startswith("eval_")}
         if measured:
-            evaluation.history.append((entry["step"], measured))
+            training.evaluation.history.append((entry["step"], measured))
     if trainer.is_world_process_zero():
-        checkpoints.drop_best(after=step)
+        training.checkpoints.drop_best(after=step)
 
 
 def _is_over(trainer: Any, resume: Path | None) -> bool:

@@ -109,7 +109,11 @@ def trainer_type() -> Any:
     from trl import RewardTrainer
 
     class PreferenceTrainer(RewardTrainer):
-        """RewardTrainer over `Encoded` pairs. Each distinct input of a batch is forwarded once."""
+        """RewardTrainer over `Encoded` pairs. Each distinct input of a batch is forwarded once.
+
+        forwarded, stated: inputs forwarded in training, and pairs that the data states about them, in this process
+        since it started.
+        """
 
         def __init__(
             self,
@@ -126,10 +130,14 @@ def trainer_type() -> Any:
             self.pairs, self.config, self.evaluation, self.checkpoints = pairs, config, evaluation, checkpoints
             self.limit = limit
             self._sums = [0.0, 0.0, 0.0]
+            self.forwarded = self.stated = 0
+            self._logged = (0, 0)
             pad = options["processing_class"].pad_token_id
             super().__init__(
-                data_collator=PairCollator(pairs, pad, limit, config.margin_scale),
-                train_dataset=Dataset.from_dict({"row": np.arange(len(pairs))}),
+                data_collator=PairCollator(
+                    pairs, pad, limit, config.margin_scale, whole_order=config.loss == "plackett-luce"
+                ),
+                train_dataset=Dataset.from_dict({"row": np.arange(len(pairs.starts) - 1)}),
                 **options,
             )
             from transformers.trainer_callback import PrinterCallback
@@ -157,7 +165,9 @@ def trainer_type() -> Any:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             rewards = outputs.logits[:, 0].float()
             chosen, rejected = inputs["chosen"], inputs["rejected"]
-            loss = preference_loss(self.config.loss, rewards, chosen, rejected, inputs["margin"])
+            loss = preference_loss(self.config.loss, rewards, chosen, rejected, inputs["margin"], inputs["row"])
+            self.forwarded += len(rewards)
+            self.stated += inputs["stated"]
             if self.args.center_rewards_coefficient:
                 loss = (
                     loss + self.args.center_rewards_coefficient * (rewards[chosen] + rewards[rejected]).square().mean()
@@ -173,6 +183,8 @@ def trainer_type() -> Any:
             if "loss" in logs and self._sums[2]:
                 logs["accuracy"] = float(self._sums[0]) / self._sums[2]
                 logs["margin"] = float(self._sums[1]) / self._sums[2]
+                logs["forwards_per_pair"] = (self.forwarded - self._logged[0]) / (self.stated - self._logged[1])
+                self._logged = (self.forwarded, self.stated)
                 self._sums = [0.0, 0.0, 0.0]
             Trainer.log(self, logs, start_time)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, main, stage
+from rmsearch.stage import Run, main, option, stage
 from rmsearch.train.config import TrainingConfig
+from rmsearch.train.losses import PairLoss
 
 
 class LoraConfig(TrainingConfig):
     """Config of `rmsearch train lora`."""
+
+    loss: PairLoss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")
 
 
 @stage("train.lora", next_step="rmsearch evaluation rerank --model-name {output_dir} --embed-output …")

@@ -77,7 +77,7 @@ def load_base(folder: Path, spec: Template, max_length: int, *, dtype: str, atte
     from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
     from rmsearch.engines.heads import is_adapter
-    from rmsearch.engines.transformers import load_tokenizer, quiet
+    from rmsearch.engines.transformers import load_tokenizer, load_weights
     from rmsearch.prompts import Renderer
 
     if is_adapter(folder):
@@ -93,21 +93,10 @@ def load_base(folder: Path, spec: Template, max_length: int, *, dtype: str, atte
     config = AutoConfig.from_pretrained(str(folder), num_labels=1)
     config.problem_type = None
     set_seed(seed)
-    options = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=getattr(torch, dtype),
-                output_loading_info=True,
-                use_safetensors=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"does not load: {reason}", where=str(folder)) from None
-    new = _new_parts(folder, facts, model, tokenizer, set(info["missing_keys"]))
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    classifier = AutoModelForSequenceClassification
+    model, missing = load_weights(classifier, folder, config=config, dtype=getattr(torch, dtype), **options)
+    new = _new_parts(folder, facts, model, tokenizer, missing)
     renderer = Renderer(tokenizer, spec, max_length)
     _set_padding(model, tokenizer, renderer, folder)
     model.config.use_cache = False

@@ -9,10 +9,8 @@ from rmsearch.stage import Run
 from rmsearch.train.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from rmsearch.train.checkpoints import Checkpoints
-    from rmsearch.train.data import Encoded
+    from rmsearch.train.fit import Training
     from rmsearch.train.loop import Evaluation
-    from rmsearch.train.model import Base
 
 MINIMUM_GAIN = 1e-9
 SAMPLE = 32  # inputs whose scores are compared before and after the export
@@ -26,29 +24,21 @@ def settings_of(config: TrainingConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=skip)
 
 
-def export_outcome(
-    config: TrainingConfig,
-    run: Run,
-    base: Base,
-    train: Encoded,
-    evaluation: Evaluation,
-    checkpoints: Checkpoints,
-    trained: Any,
-    trainer: Any,
-) -> None:
+def export_outcome(training: Training, trained: Any, trainer: Any) -> None:
     """Puts the best weights back, judges the result, writes the model folder."""
     import numpy as np
 
     from rmsearch.train.export import export_model, json_text, model_card
 
+    config, base, train, evaluation = training.config, training.base, training.train, training.evaluation
     state, best = trainer.state, evaluation.best()
     kept = state.global_step if best is None else best[0]
     if best is not None and kept != state.global_step:
-        weights = checkpoints.best_weights(kept)
+        weights = training.checkpoints.best_weights(kept)
         assert weights is not None, f"best weights of step {kept} are gone"
         trained.load_state_dict(weights, strict=False)
-    warning = verdict(run, evaluation)
-    measures = _summary(run, evaluation, kept, state)
+    warning = verdict(training.run, evaluation)
+    measures = _summary(training.run, evaluation, kept, state)
     rows = np.random.default_rng(0).choice(len(train.inputs), min(SAMPLE, len(train.inputs)), replace=False)
     facts = {
         "base_model": base_name(config.model_name),
@@ -64,7 +54,7 @@ def export_outcome(
         "trainer_state.json": json_text(vars(state) | {"stateful_callbacks": {}}),
     }
     export_model(base, trained.cpu(), config.output_dir, [train.inputs[i] for i in rows], facts, extra)
-    checkpoints.finish()
+    training.checkpoints.finish()
 
 
 def verdict(run: Run, evaluation: Evaluation) -> str | None:

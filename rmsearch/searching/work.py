@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rmsearch.arguments import prompt_text
+from rmsearch.searching.arguments import prompt_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmsearch.errors import ContractError, ModelError
-from rmsearch.together import SMALL, Together
-from rmsearch.topk import require_finite
-from rmsearch.work import Work
+from rmsearch.searching.together import SMALL, Together
+from rmsearch.searching.topk import require_finite
+from rmsearch.searching.work import Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ class RewardModel:
         self, scorer: Scorer, work: Work, checkpoint: str, arrived: Callable[[np.ndarray, np.ndarray], None]
     ) -> None:
         """Take what the checkpoint holds and score the rest into it."""
-        from rmsearch import checkpoint as kept
+        from rmsearch.searching import checkpoint as kept
         from rmsearch.storage.journal import Journal
 
         fingerprint = kept.fingerprint(await _in_thread(self._facts, scorer))
@@ -118,8 +118,9 @@ class RewardModel:
         """Everything but the texts that a score depends on."""
         contract = scorer.contract
         digest = _model_digest(self.name)
+        served = getattr(getattr(scorer, "backend", None), "model", None)  # what a server calls a model left unnamed
         facts = {
-            "model": digest,
+            "model": digest or served or "",
             "server": self.options.get("base_url")
             if digest == self.name
             else None,  # a name means what its server says

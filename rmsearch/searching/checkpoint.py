@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from rmsearch.searching.work import Work
     from rmsearch.storage.journal import Journal
-    from rmsearch.work import Work
 
 FOLDER_NAME = "scores.journal"
 

@@ -1,0 +1,131 @@
+"""Find each query's best keys with a reward model: among candidates, or among all keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pydantic import model_validator
+
+from rmsearch.datasets.corpus import CorpusIndex
+from rmsearch.errors import ConfigError
+from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.storage.journal import Journal
+from rmsearch.storage.records import write_records
+from rmsearch.train.rescoring import Pairs, candidate_pairs, score_pairs
+from rmsearch.train.retrieval import RetrievalFlags, check_correct_ids, open_keys, read_questions, relevance_records
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rmsearch.engines import Scorer
+
+
+class RewardKeysConfig(RetrievalFlags):
+    """Flags of get_top_relevant_keys_rm."""
+
+    candidates: str | None = source(
+        None,
+        "Output of get_top_relevant_keys_embed to score anew; its queries and keys are used where none are named. "
+        "By default every key is scored for every query.",
+    )
+    output: str = target("relevance_records_rm.json", "Relevance records: each query with its keys, best first.")
+    k_key: int = option(10, "Keys per query.", ge=1)
+    template: str | None = option(None, "Prompt template; by default the one that the model was trained with.")
+    lora: str | None = model(None, "LoRA adapter on top of the model.")
+    request_batch_size: int = tuning(128, "Scored pairs that are saved at a time.", ge=1)
+    timeout: float = tuning(10000, "Seconds without any score after which to give up.", gt=0)
+    checkpoint: str | None = tuning(None, "Where scores are saved as they come; by default beside the output.")
+    tag_tree: str | None = option(None, "Not there yet: routing by a tag tree. Use --candidates.")
+    tag2key_out: str | None = ignored(None, "belongs to --tag-tree.")
+    k_tag: int = ignored(2, "belongs to --tag-tree.")
+
+    @model_validator(mode="after")
+    def _no_tag_tree(self) -> RewardKeysConfig:
+        if self.tag_tree is not None:
+            raise ValueError(
+                "routing by a tag tree is not there yet; leave it away and narrow the keys down with --candidates, the "
+                "output of get_top_relevant_keys_embed"
+            )
+        return self
+
+
+NEXT = (
+    "rmsearch train sample_dpo_batch --relevance-json {output} --source-csv df.csv --output sampled_query_key_set.json"
+)
+
+
+@stage("train.get_top_relevant_keys_rm", next_step=NEXT)
+def get_top_relevant_keys_rm(config: RewardKeysConfig, run: Run) -> None:
+    """Find each query's best keys with a reward model.
+
+    Scores --candidates (or all keys, which is dear) and keeps the best k by raw reward; ties go to the earlier key.
+    Scores are saved as they come: killed and started again, it pays for no saved pair twice. Candidates that do not fit
+    the queries and keys named beside them are refused. df_id, query type and correct_id are carried over.
+    """
+    with _pairs(config) as pairs:
+        positions, rewards = asyncio.run(_score(config, run, pairs))
+        write_records(config.output, relevance_records(pairs.questions, pairs.keys, positions, rewards, "relevance"))
+        run.counts |= {"queries": len(pairs.questions), "pairs": len(pairs)}
+
+
+@contextmanager
+def _pairs(config: RewardKeysConfig) -> Iterator[Pairs]:
+    if config.candidates is None:
+        questions = read_questions(config)
+        with open_keys(config) as keys:
+            check_correct_ids(questions, keys, config.correct_ids_json or config.queries)
+            yield Pairs(questions, keys)
+        return
+    if config.correct_ids_json and not config.queries:
+        raise ConfigError("needs the queries", where="--correct-ids-json", remedy="Name them with --queries-json")
+    asked = read_questions(config) if config.queries else None
+    with _keys_if_named(config) as keys:
+        if asked is not None and keys is not None:
+            check_correct_ids(asked, keys, config.correct_ids_json or config.queries)
+        with candidate_pairs(config.candidates, keys, asked) as pairs:
+            yield pairs
+
+
+@contextmanager
+def _keys_if_named(config: RewardKeysConfig) -> Iterator[CorpusIndex | None]:
+    if config.keys is None:
+        yield None
+        return
+    with open_keys(config) as keys:
+        yield keys
+
+
+async def _score(config: RewardKeysConfig, run: Run, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    from rmsearch.engines import load_scorer
+
+    scorer = load_scorer(config.model_name, template=config.template, lora=config.lora, **config.engine_arguments())
+    try:
+        if scorer.contract is not None and scorer.contract.order == "key_first":
+            pairs = pairs.by_key()
+        journal = Journal(config.checkpoint, run.fingerprint) if config.checkpoint else run.journal()
+        with journal, run.progress(len(pairs), "pairs") as shown:
+            k = min(config.k_key, len(pairs.keys))
+            save, timeout = config.request_batch_size, config.timeout
+            positions, rewards, saved = await score_pairs(scorer, pairs, k, journal, shown, save=save, timeout=timeout)
+        _count(run, scorer, saved)
+    finally:
+        await scorer.close()
+    return positions, rewards
+
+
+def _count(run: Run, scorer: Scorer, saved: int) -> None:
+    stats = scorer.stats
+    run.counts |= {"scored": stats.scored, "from_journal": saved, "tokens": stats.tokens, "truncated": stats.truncated}
+    if stats.seconds > 0:
+        run.counts["pairs_per_second"] = round(stats.scored / stats.seconds, 1)
+    run.note(model_seconds=round(stats.seconds, 3))
+    if (contract := scorer.contract) is not None:
+        facts = contract.model_dump(mode="json", include={"architecture", "template_hash", "order", "max_length"})
+        run.note(contract=facts | {"template": contract.template.name})
+
+
+if __name__ == "__main__":
+    main(get_top_relevant_keys_rm)

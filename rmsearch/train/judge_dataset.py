@@ -1,0 +1,85 @@
+"""Judge sampled sets: which of two keys serves the query better, as preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rmsearch.datasets.chain import SampledSet
+from rmsearch.stage import Run, main, option, stage
+from rmsearch.storage.records import read_models
+from rmsearch.train.judges import Comparison, Contest, decided_by, judged
+from rmsearch.train.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
+from rmsearch.train.verdicts import Verdict
+
+
+class JudgeConfig(JudgeFlags):
+    """Config of `rmsearch train judge_dataset`."""
+
+    sample_pairs: int = option(1, "Pairs of each set to judge, chosen by the seed; 0: all.", ge=0)
+
+
+NEXT = "rmsearch train lora --dataset-list-train {output} --dataset-list-test {output_test} --model-name MODEL"
+
+
+@stage("train.judge_dataset", next_step=NEXT)
+def judge_dataset(config: JudgeConfig, run: Run) -> None:
+    """Judge sampled query and key sets into preference pairs.
+
+    llm: a language model reads each pair in both orders and answers 1, 2 or tie. Only what both orders say is a
+    preference, all else a tie. Its margin is the mean log-odds of the two answers, read from the tokens'
+    log-probabilities. Every answer is journaled: a killed or repeated run pays for none twice.
+
+    reward: a teacher reward model; the difference of its rewards is the margin. labels: qrels, or the sets' own
+    positive_ids; of two graded keys the higher grade wins.
+
+    Queries are split into train and test by their text, so that none is in both and later rows move none. Counts:
+    ties, agreement of the two orders, first_preferred (0.5 is no position bias), overlap of the split (0).
+    """
+    total = count_comparisons(_contests(config.sets), config.sample_pairs, config.sets)
+    asked = comparisons(_contests(config.sets), config.sample_pairs, config.seed)
+    decided = decided_by(config)
+    with collecting(config) as records:
+        for comparison, verdict in judged(config, run, asked, total):
+            query = comparison.contest.query
+            if verdict.winner:
+                records.put(query, _record(config, comparison, verdict, decided))
+            else:
+                records.put(query, tie_record(comparison, verdict, decided), tie=True)
+        records.write(run)
+
+
+def _contests(uri: str) -> Iterator[Contest]:
+    for each in read_models(uri, SampledSet):
+        yield Contest(each.query, each.query_id, each.query_type, each.keys, each.key_ids, each.positive_ids)
+
+
+def _record(config: JudgeConfig, comparison: Comparison, verdict: Verdict, decided: str) -> dict[str, Any]:
+    contest = comparison.contest
+    places = (comparison.first, comparison.second)
+    chosen, rejected = places if verdict.winner > 0 else places[::-1]
+    margin = verdict.margin(config.margin_max)
+    if config.record_form == "messages":
+        return {
+            "chosen_msg": as_messages(contest.query, contest.keys[chosen]),
+            "rejected_msg": as_messages(contest.query, contest.keys[rejected]),
+            "chosen_sentence_id": contest.key_ids[chosen],
+            "rejected_sentence_id": contest.key_ids[rejected],
+            "query_id": contest.query_id,
+            "margin": margin,
+        }
+    return {
+        "query": contest.query,
+        "chosen_key": contest.keys[chosen],
+        "rejected_key": contest.keys[rejected],
+        "query_id": contest.query_id,
+        "chosen_key_id": contest.key_ids[chosen],
+        "rejected_key_id": contest.key_ids[rejected],
+        "margin": margin,
+        "query_type": contest.query_type,
+        "source": decided,
+    }
+
+
+if __name__ == "__main__":
+    main(judge_dataset)

@@ -1,0 +1,20 @@
+"""The documented name of `rmsearch.train.make_query_dpo_pairs` with ``--variant 3``: claims against words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rmsearch.stage import main, option
+from rmsearch.train.make_query_dpo_pairs import QueryPairsConfig, make_query_dpo_pairs
+
+
+class Config(QueryPairsConfig):
+    """Config of `python -m rmsearch.train.make_query_dpo_pairs_v3`."""
+
+    variant: int = option(3, "See make_query_dpo_pairs.", ge=1, le=3)
+
+
+make_query_dpo_pairs_v3 = replace(make_query_dpo_pairs, name="train.make_query_dpo_pairs_v3", config=Config)
+
+if __name__ == "__main__":
+    main(make_query_dpo_pairs_v3)

@@ -1,0 +1,112 @@
+"""Write queries for every row of a corpus with a language model: titles, keywords, questions, unanswered questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
+from rmsearch.stage import Run, main, option, source, stage, target
+from rmsearch.train.asking import GeneratorFlags, Question, ask
+from rmsearch.train.instructions import instruction
+
+if TYPE_CHECKING:
+    from rmsearch.engines.generation import Generation
+    from rmsearch.train.query_answers import Queries
+
+
+class MakeQueryRecsConfig(GeneratorFlags):
+    """Config of `rmsearch train make_query_recs`."""
+
+    input_csv: str = source(
+        ..., "Corpus: .csv, .jsonl, .json or .parquet (each also .gz), or a folder of .txt and .md files."
+    )
+    text_column: str = option("text", "Column of the text.")
+    id_column: str | None = option(
+        None, "Column of the id; default: index, _id, id, df_id or corpus-id, else the position."
+    )
+    output: str = target(..., "Query records to write (.json, .jsonl, .csv, .parquet, each also .gz).")
+    max_characters: int = option(
+        8000,
+        "Characters of a row that the model is shown at most; fewer when instruction, row and answer would not fit "
+        "into --max-model-len.",
+        ge=100,
+    )
+    same_language: bool = option(True, "Ask again when the queries are surely in another language than the row.")
+
+
+class Row(NamedTuple):
+    """What of a row is needed to read its answer."""
+
+    id: str
+    language: str | None
+
+
+NEXT = "rmsearch train filter_query_recs --input {output} --output filtered_query_recs.json --filter questions"
+
+
+@stage("train.make_query_recs", next_step=NEXT)
+def make_query_recs(config: MakeQueryRecsConfig, run: Run) -> None:
+    """Write queries for every row of a corpus with a language model.
+
+    Per row 2 to 3 titles, 3 to 5 keyword queries, 3 to 6 questions from easy to hard, and 2 to 3 questions that the row
+    does not answer (irr_questions), in the row's language. A record's query_id is DF_ID-TYPE-NUMBER. The whole corpus
+    is read through once before the first question is asked, so that a faulty row costs no answers. Rows stream; no more
+    than twice --in-flight are held. Empty and repeated queries, apologies, and what is too long or more than was asked
+    for are dropped and counted; an answer without a usable query is asked for again, then rejected.
+    """
+    from rmsearch.datasets.corpus import read_corpus
+    from rmsearch.storage.records import write_records
+    from rmsearch.train.fitting import Fitting
+    from rmsearch.train.languages import language
+    from rmsearch.train.query_answers import answer_schema, counts, read_queries
+
+    spec, schema, amounts = instruction("make_query_recs"), answer_schema(), counts()
+    rows = sum(1 for _ in read_corpus(config.input_csv, config.text_column, config.id_column))
+    fit = Fitting(config, spec.messages(text="", **amounts), config.max_characters)
+    tally: Counter[str] = Counter()
+
+    def questions() -> Iterator[Question[Row]]:
+        for row in read_corpus(config.input_csv, config.text_column, config.id_column):
+            shown = fit(row.text)
+            tally["cut_rows"] += len(shown) < len(row.text)
+            written_in = language(shown) if config.same_language else None
+            yield Question(Row(row.id, written_in), spec.messages(text=shown, **amounts), schema)
+
+    def parse(row: Row, generation: Generation) -> Queries:
+        queries = read_queries(generation)
+        _check_language(row, queries)
+        return queries
+
+    def records() -> Iterator[QueryRecord]:
+        for answer in ask(run, config, questions(), parse, total=rows):
+            for query_type in QUERY_TYPES:
+                for number, query in enumerate(answer.value.by_type[query_type], 1):
+                    tally[f"written_{query_type}"] += 1
+                    query_id = f"{answer.item.id}-{query_type}-{number}"
+                    yield QueryRecord(
+                        query=query, df_id=answer.item.id, query_type=query_type, query_id=query_id, prompt=spec.tag
+                    )
+            for reason, count in answer.value.dropped.items():
+                tally[f"dropped_{reason}"] += count
+        run.check_rejects(rows)
+
+    written = write_records(config.output, records())
+    run.counts |= {"rows": rows, "queries": written} | dict(sorted(tally.items()))
+    run.note(prompt=spec.tag)
+
+
+def _check_language(row: Row, queries: Queries) -> None:
+    """ValueError when the queries together are surely in another language than the row."""
+    from rmsearch.train.languages import language
+
+    if row.language is None:
+        return
+    found = language("\n".join(query for texts in queries.by_type.values() for query in texts))
+    if found not in (row.language, None):
+        raise ValueError(f"the queries are in another language ({found}) than the row ({row.language})")
+
+
+if __name__ == "__main__":
+    main(make_query_recs)
