@@ -151,6 +151,7 @@ FORMS = [
     ('```json\n{"n": 1}\n```', {"n": 1}),
     ("```\n[1, 2]\n```\n", [1, 2]),
     ('Sure! Here it is:\n{"n": {"a": "}"}} Anything else?', {"n": {"a": "}"}}),
+    ('{"n": "two\nlines"}', {"n": "two\nlines"}),
     ('<think>{"n": 0} or so</think>\n{"n": 1}', {"n": 1}),
 ]
 

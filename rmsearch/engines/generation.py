@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -234,7 +235,11 @@ class VLLMGeneration:
         best = final.outputs[0]
         logprobs = None
         if best.logprobs is not None:
-            logprobs = tuple({each.decoded_token or "": each.logprob for each in row.values()} for row in best.logprobs)
+            logprobs = tuple(
+                # what the form forbids has -inf: it is no alternative, and JSON could not keep it
+                {each.decoded_token or "": each.logprob for each in row.values() if math.isfinite(each.logprob)}
+                for row in best.logprobs
+            )
         read = len(prompt["prompt_token_ids"])
         return Generation(best.text, len(best.token_ids), best.finish_reason or "stop", logprobs, read)
 

@@ -273,11 +273,11 @@ def json_value(generation: Generation) -> Any:
         text = text.rpartition("</think>")[2].strip()
     if text.startswith("```"):
         text = text.partition("\n")[2].rpartition("```")[0].strip() or text
+    decoder = json.JSONDecoder(strict=False)  # raw line breaks in strings: models and grammars let them through
     try:
-        return json.loads(text)
+        return decoder.decode(text)
     except ValueError:
         pass
-    decoder = json.JSONDecoder()
     for start, mark in enumerate(text):
         if mark in "{[":
             try:
