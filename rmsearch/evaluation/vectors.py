@@ -122,7 +122,7 @@ class ExactSearch:
     Ties go to the lower position. ``own`` (int[n], -1 for none) is a key position that a query must not get.
     Every query has ``k`` slots and some room; a block's scores above its lowest so far go to the room, and when that is
     full the best k stay. A slot is one int64 that orders by score, then position, so that a partition of plain numbers
-    is exact. Memory: the queries' vectors, 12 bytes per query and candidate, and a matrix of similarities (16 MiB; on a
+    is exact. Memory: the queries' vectors, 12 bytes per query and candidate, and a matrix of similarities (8 MiB; on a
     GPU 64).
     """
 
@@ -253,8 +253,8 @@ def _where(device: str) -> Literal["cpu", "cuda"]:
 
 
 def _at_once(device: str) -> int:
-    """Similarities in one matrix: 16 MiB stay in a CPU's cache; a GPU wants more."""
-    return 1 << 22 if _where(device) == "cpu" else 1 << 24
+    """Similarities in one matrix: 8 MiB stay in a CPU's cache; a GPU wants more."""
+    return 1 << 21 if _where(device) == "cpu" else 1 << 24
 
 
 def _placed(vectors: np.ndarray, device: str) -> Any:
