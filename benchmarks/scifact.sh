@@ -34,7 +34,7 @@ for split in fit test; do
 done
 
 # Stage 1: 20,000 general and self-supervised pairs; margins are the first stages' own score differences
-mine() { rmsearch train mine --model-name $minilm --negatives-per-positive 1 "$@"; }
+mine() { rmsearch train mine --model-name $minilm --cache-dir "$out/vectors" --negatives-per-positive 1 "$@"; }
 own=(--dataset-path "$set_" --split fit --bm25 --rank-max 40 --random-share 0.1 --margin-scale 8)
 mine "${own[@]}" --pseudo-queries sentences --pseudo-per-key 4 --positives 10000 --output "$out/sentences.jsonl"
 mine "${own[@]}" --pseudo-queries titles --positives 5000 --output "$out/titles.jsonl"

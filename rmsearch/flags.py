@@ -70,7 +70,7 @@ def app_of(stage: Stage[Any]) -> App:
         shown = info.description or ""
         if info.is_required():
             shown += " (required)"
-        elif info.default not in (None, [], ()):
+        elif info.default not in (None, "", [], ()):
             shown += f" (default: {info.default})"
         flag = Parameter(help=shown, show_default=False, negative_none=(), negative_iterable=())
         parameters.append(

@@ -100,3 +100,14 @@ def s3_bucket(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def ceph_bucket(ceph_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """``s3://…`` of a fresh bucket on Ceph, which checks keys and signatures."""
     return use_store(monkeypatch, tmp_path, ceph_settings)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread: tiny models gain nothing from more, and lose much when other processes are busy."""
+    import torch
+
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)

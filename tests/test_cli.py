@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rmsearch.cli import STAGES, load_stage
+from rmsearch.flags import run_command
 from rmsearch.stage import fields_with_role
 
 
@@ -30,9 +31,10 @@ def test_an_unknown_command_is_exit_2_and_lists_the_choices() -> None:
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, stages in STAGES.items() for name in stages])
-def test_every_stage_loads_and_documents_its_flags(group: str, name: str) -> None:
+def test_every_stage_loads_and_documents_its_flags(group: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     stage = load_stage(group, name)
-    assert stage.help.strip()
+    assert run_command(stage, ["--help"]) == 0
+    assert stage.help.split()[0] in (shown := capsys.readouterr().out) and "(default: )" not in shown
     assert fields_with_role(stage.config, "target"), "a stage writes something"
     undocumented = [field for field, info in stage.config.model_fields.items() if not info.description]
     assert not undocumented

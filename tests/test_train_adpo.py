@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from rmsearch.train.lora import lora
 from rmsearch.train.losses import preference_loss
 from rmsearch.train.orders import implied, levels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {
     "dtype": "fp32",
     "num_train_epochs": 4,
@@ -45,14 +45,6 @@ FAST: dict[str, Any] = {
     "save_steps": 12,
 }
 KEYS = ["relevant good serves", "relevant good", "good", "bad", "bad error", "bad error water"]  # best first
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture

@@ -263,6 +263,24 @@ def test_answers_that_name_no_choice_are_asked_again_and_then_rejected(tmp_path:
     assert reject["record"]["answer"] == refusal and "about 3" in reject["record"]["question"]
 
 
+def test_long_texts_are_cut_to_what_the_judge_can_read(tmp_path: Path) -> None:
+    path, longest = str(tmp_path / "sampled_query_key_set.json"), 1500
+    keys = [f"Text {i}. " + "A sentence that says little. " * 400 for i in range(2)]
+    write_records(path, [{"query": "what", "query_id": "q", "keys": keys, "key_ids": ["a", "b"]}])
+
+    def prefer_text_0(body: dict[str, Any]) -> Any:
+        prompt = body["messages"][-1]["content"]
+        return choice("1" if prompt.index("Text 0") < prompt.index("Text 1") else "2")
+
+    with serving(prefer_text_0) as server:
+        judge(tmp_path, server, max_characters=1000, test_share=0)
+        judge(tmp_path, server, max_model_len=longest, max_tokens=8, test_share=0)
+        sizes = [len(body["messages"][-1]["content"]) for body in server.requests]
+        whole = [sum(len(message["content"]) for message in body["messages"]) for body in server.requests]
+    assert len(sizes) == 4 and all(1800 < size < 2600 for size in sizes[:2])
+    assert all(size < longest + 1000 and size > 500 for size in whole[2:])  # a byte counts as a token
+
+
 def test_upstreams_form_is_read_back_as_the_same_pairs(tmp_path: Path) -> None:
     sets(tmp_path, 8)
     with serving(honest) as server:

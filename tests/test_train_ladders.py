@@ -27,11 +27,10 @@ from rmsearch.flags import run_command
 from rmsearch.stage import Run, Stage, execute
 from rmsearch.storage.records import read_models, read_records, write_records
 from rmsearch.train.adpo_data import RawRow, read_rows
+from rmsearch.train.fitting import cut
 from rmsearch.train.instructions import instruction
-from rmsearch.train.ladder_language import language
 from rmsearch.train.ladders import (
     combination,
-    cut,
     key_ladder_pairs,
     key_ladder_row,
     query_choices_row,
@@ -390,28 +389,6 @@ def test_equal_but_for_case_and_punctuation_is_equal() -> None:
     with pytest.raises(ValueError, match="keys: one is the row itself"):
         require_distinct(["A dog!"], "keys", ["a dog"], "the row itself")
     require_distinct(["in C++", "in C#", "1.5", "15"], "keys", ["in C"], "the row itself")
-
-
-SENTENCES = {
-    "English": "The water in the pot is boiling and it was put on the stove by the cook.",
-    "German": "Das Wasser in dem Topf kocht und der Koch hat es auf die Platte gestellt.",
-    "French": "Le cuisinier a mis une casserole sur le feu et les pommes sont dans un plat.",
-    "Spanish": "El agua de la olla se calienta y el cocinero pone las patatas en una fuente.",
-    "CJK": "鍋里的水开了,厨师把土豆放进去。",
-    "HIRAGANA": "鍋の水が沸いたので、料理人はじゃがいもを入れた。",
-    "CYRILLIC": "Вода в кастрюле кипит, и повар положил в неё картофель.",
-}
-
-
-@pytest.mark.parametrize("name", SENTENCES)
-def test_languages_are_told_apart(name: str) -> None:
-    assert language(SENTENCES[name]) == name
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_a_language_is_found_or_not(text: str) -> None:
-    assert language(text) is None or isinstance(language(text), str)
 
 
 # Commands

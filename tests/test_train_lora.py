@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rmsearch.stage import execute
 from rmsearch.train.lora import lora
 
 SEED = 3  # of a base that starts out wrong on most pairs
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {
     "dtype": "fp32",
     "num_train_epochs": 4,
@@ -34,17 +34,6 @@ FAST: dict[str, Any] = {
     "evaluation_steps": 10,
     "save_steps": 10,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more, and lose much when other processes are busy."""
-    import torch
-
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import tiny_sets
 from rmsearch.datasets.beir import Beir, Document
 from rmsearch.datasets.records import read_preferences
 from rmsearch.errors import ConfigError, RecordError
+from rmsearch.evaluation.embed import embed
 from rmsearch.stage import execute
 from rmsearch.train.anchors import Anchor, as_claim, from_pairs, pseudo
 from rmsearch.train.mine import mine
@@ -177,6 +178,17 @@ def test_from_pairs_with_an_embedding_model_and_bm25(tmp_path: Path) -> None:
     assert run.counts["from_similar"] > 5 and all(r.margin is not None and r.margin >= 0 for r in records)
     for record in records:  # the other answer of the same question is a positive, so never a negative
         assert record.query.split()[1].strip("?") not in record.rejected_key
+
+
+def test_vectors_are_kept_for_other_runs_and_taken_from_those_of_embed(beir: Path, tmp_path: Path) -> None:
+    cache, model = str(tmp_path / "vectors"), str(tiny_models.sentence_encoder(tmp_path / "model"))
+    common = {"dataset_path": str(beir), "split": "dev", "model_name": model, "cache_dir": cache}
+    ranked = execute(embed, output=str(tmp_path / "e.json"), output_eval=str(tmp_path / "e_eval.json"), **common)
+    first = execute(mine, output=str(tmp_path / "a.jsonl"), **common)
+    second = execute(mine, output=str(tmp_path / "b.jsonl"), **common | {"cache_dir": None})
+    assert first.counts["cached"] == ranked.counts["embedded"] > 0 and first.counts["embedded"] == 0
+    assert second.counts["cached"] == 0 and second.counts["embedded"] == ranked.counts["embedded"]
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
 def test_a_corpus_alone_gives_titles_and_sentences_as_queries() -> None:

@@ -14,6 +14,7 @@ from rmsearch.datasets.records import Finite, Id, Message, Record
 
 QueryType = Literal["titles", "keywords", "questions", "irr_questions"]
 QUERY_TYPES: tuple[str, ...] = ("titles", "keywords", "questions", "irr_questions")
+IRRELEVANT = "irr_questions"  # asked about a row that does not answer them
 TYPE_NAMES = AliasChoices("query-type", "query_type")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from rmsearch.evaluation.first_stage import rankings, self_positions, write_outputs
 from rmsearch.evaluation.flags import DatasetFlags, EngineFlags, note_dataset
-from rmsearch.evaluation.vectors import ExactSearch, VectorCache, embedded, product, vector_identity
+from rmsearch.evaluation.vectors import ExactSearch, VectorCache, count_vectors, embedded, product, vector_identity
 from rmsearch.stage import Run, main, option, stage, target, tuning
 
 if TYPE_CHECKING:
@@ -70,11 +70,12 @@ async def _rank(config: EmbedConfig, run: Run, beir: Beir) -> dict[str, dict[str
     try:
         if config.no_normalize:
             embedder.spec = replace(embedder.spec, normalize=False)
-        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", vector_identity(config, embedder))
+        identity = vector_identity(embedder, config.model_name, config.base_url, config.dtype)
+        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", identity)
         found = await _search(config, run, beir, embedder, cache)
     finally:
         await embedder.close()
-    _count(run, embedder, cache)
+    count_vectors(run, embedder, cache.found)
     if config.cache_dir is None:
         cache.discard()
     return found
@@ -101,15 +102,6 @@ async def _search(
             await asyncio.to_thread(search.add, first, vectors)
             shown.advance(len(vectors))
     return rankings(query_ids, key_ids, *search.result())
-
-
-def _count(run: Run, embedder: Embedder, cache: VectorCache) -> None:
-    stats = embedder.stats
-    run.counts |= {"embedded": stats.scored, "cached": cache.found, "tokens": stats.tokens}
-    run.counts["truncated"] = stats.truncated
-    if stats.seconds > 0:
-        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
-    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
 
 
 if __name__ == "__main__":

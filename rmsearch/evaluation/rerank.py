@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from rmsearch.errors import ConfigError, RetryableError
+from rmsearch.errors import ConfigError
 from rmsearch.evaluation.candidates import Pairs, load_pairs
 from rmsearch.evaluation.flags import DatasetFlags, EngineFlags, note_dataset
 from rmsearch.evaluation.fusion import Fit, fit_weight, fuse
 from rmsearch.evaluation.latency import measure_latency
 from rmsearch.evaluation.runs import ordered, short, write_run
+from rmsearch.evaluation.scores import count_scores, scores_in_time
 from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
 from rmsearch.storage.records import write_records
 
@@ -125,7 +126,7 @@ async def _score(
     try:
         with run.journal() as journal:
             scores = await _score_pairs(config, run, scorer, pairs, journal)
-        _count(run, scorer)
+        count_scores(run, scorer)
         fit_scores = None
         if fit_pairs is not None:
             with run.journal("fit") as journal:
@@ -149,16 +150,9 @@ async def _score_pairs(config: RerankConfig, run: Run, scorer: Scorer, pairs: Pa
         left = pairs.by_key(left)
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     with run.progress(len(left), "pairs") as shown:
-        async with aclosing(scorer.stream(pairs.texts(left))) as results:
-            while True:
-                try:
-                    async with asyncio.timeout(config.timeout):
-                        positions, rewards = await anext(results)
-                except StopAsyncIteration:
-                    break
-                except TimeoutError:
-                    problem = f"no score came for {config.timeout:g} seconds"
-                    raise RetryableError(problem, where=config.model_name, remedy="Run again; it goes on") from None
+        stream = scores_in_time(scorer, pairs.texts(left), config.timeout, config.model_name)
+        async with aclosing(stream) as results:
+            async for positions, rewards in results:
                 scores[left[positions]] = rewards
                 waiting.append((left[positions], rewards))
                 if sum(len(part) for part, _ in waiting) >= config.request_batch_size:
@@ -188,17 +182,6 @@ def _save(journal: Journal, saved: int, waiting: list[tuple[np.ndarray, np.ndarr
     journal.put(str(saved), [positions, rewards])
     waiting.clear()
     return saved + 1
-
-
-def _count(run: Run, scorer: Scorer) -> None:
-    stats = scorer.stats
-    run.counts |= {"scored": stats.scored, "tokens": stats.tokens, "truncated": stats.truncated}
-    if stats.seconds > 0:
-        run.counts["pairs_per_second"] = round(stats.scored / stats.seconds, 1)
-    run.note(model_seconds=round(stats.seconds, 3))
-    if (contract := scorer.contract) is not None:
-        facts = contract.model_dump(mode="json", include={"architecture", "template_hash", "order", "max_length"})
-        run.note(contract=facts | {"template": contract.template.name})
 
 
 def _ranked(config: RerankConfig, pairs: Pairs, scores: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from rmsearch.errors import ConfigError, InputMissingError, ModelError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rmsearch.engines import Embedder
-    from rmsearch.evaluation.flags import EngineFlags
+    from rmsearch.stage import Run
 
 AHEAD = 4  # blocks on their way to the model at a time, so that it never waits for the next one
 _ROOM = 64  # free slots of a query, at least; more of them would mean a lowest score that is longer out of date
@@ -62,12 +63,14 @@ class VectorCache:
 
 
 async def embedded(
-    embedder: Embedder, texts: Sequence[str], kind: Literal["query", "key"], size: int, cache: VectorCache
+    embedder: Embedder, texts: Sequence[str], kind: Literal["query", "key"], size: int, cache: VectorCache | None
 ) -> AsyncIterator[tuple[int, np.ndarray]]:
     """(first position, float32[n, d]) of blocks of ``size`` texts, in order; from the cache where it has them."""
 
     async def block(start: int) -> np.ndarray:
         part = texts[start : start + size]
+        if cache is None:
+            return await embedder.embed(part, kind)
         vectors = await asyncio.to_thread(cache.load, part, kind)
         if vectors is None:
             vectors = await embedder.embed(part, kind)
@@ -108,12 +111,22 @@ async def gathered(blocks: AsyncIterator[tuple[int, np.ndarray]], size: int) -> 
         yield first, np.concatenate(parts)
 
 
-def vector_identity(config: EngineFlags, embedder: Embedder) -> str:
+def vector_identity(embedder: Embedder, model_name: str, base_url: str | None = None, dtype: str = "auto") -> str:
     """All but the texts that affects a vector: the model's files, precision, pooling and instructions."""
     from rmsearch.storage.models import open_model
 
-    model = config.base_url or storage.digest(str(open_model(config.model_name)))
-    return f"{model} {config.model_name if config.base_url else ''} {config.dtype} {embedder.spec}"
+    model = base_url or storage.digest(str(open_model(model_name)))
+    return f"{model} {model_name if base_url else ''} {dtype} {embedder.spec}"
+
+
+def count_vectors(run: Run, embedder: Embedder, cached: int) -> None:
+    """Puts what was embedded, what came from the cache, the rate and how the model embeds into the run."""
+    stats = embedder.stats
+    run.counts |= {"embedded": stats.scored, "cached": cached, "tokens": stats.tokens}
+    run.counts["truncated"] = stats.truncated
+    if stats.seconds > 0:
+        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
+    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
 
 
 class ExactSearch:

@@ -42,18 +42,11 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     pairs it is in, and rows may be of unequal size. Six candidates in a total order state 15 pairs at the cost of six
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
-    from itertools import chain
-
     from rmsearch.train.adpo_data import encode_rows, peek_row_template, read_rows
-    from rmsearch.train.fit import fit, prepare_base
+    from rmsearch.train.fit import encoded_sides, fit, prepare_base
 
     base = prepare_base(config, peek_row_template(config.dataset_list_train))
-    rows = chain.from_iterable(read_rows(uri) for uri in config.dataset_list_train)
-    train = encode_rows(rows, base.renderer, run.reject)
-    test = None
-    if config.dataset_list_test:
-        test = encode_rows(read_rows(config.dataset_list_test), base.renderer, run.reject)
-    run.check_rejects(train.counts["read"] + (test.counts["read"] if test else 0))
+    train, test = encoded_sides(config, run, base, read_rows, encode_rows)
     run.counts["rows"] = train.counts["rows"]
     fit(config, run, base, train, test)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rmsearch.engines.generation import Generation, Sampling
-from rmsearch.errors import AnswerError, ConfigError
+from rmsearch.errors import AnswerError
 from rmsearch.evaluation.flags import EngineFlags
 from rmsearch.stage import Run, ignored, option, tuning
 
@@ -285,13 +285,3 @@ def json_value(generation: Generation) -> Any:
             except ValueError:
                 continue
     raise ValueError("the answer holds no JSON" if text else "the answer is empty")
-
-
-def count_rows(uri: str) -> int:
-    """Records of a file, for a forecast; one pass over it."""
-    from rmsearch.storage.records import read_records
-
-    return sum(1 for _ in read_records(uri))
-
-
-__all__ = ["Answer", "ConfigError", "GeneratorFlags", "Question", "ask", "count_rows", "json_value"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rmsearch.datasets.chain import QUERY_TYPES, TYPE_NAMES, QueryRecord
+from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES, TYPE_NAMES, QueryRecord
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.flags import EngineFlags
 from rmsearch.stage import Run, StageConfig, main, model, option, source, stage, target
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rmsearch.train.languages import Languages
     from rmsearch.train.round_trip import Asked
 
-IRRELEVANT = "irr_questions"
 KEPT = 0
 REASONS = ("type", "language", "short", "long", "near_duplicate", "round_trip")  # verdicts from 1
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmsearch.errors import ConfigError, MissingExtraError
 from rmsearch.stage import Run
@@ -14,10 +16,13 @@ from rmsearch.train.config import TrainingConfig
 from rmsearch.train.outcome import base_name, export_outcome, settings_of
 
 if TYPE_CHECKING:
+    from rmsearch.prompts import Renderer
     from rmsearch.train.checkpoints import Checkpoints
-    from rmsearch.train.data import Encoded
+    from rmsearch.train.data import Encoded, Reject
     from rmsearch.train.loop import Evaluation, Stop
     from rmsearch.train.model import Base
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,20 @@ def precision(config: TrainingConfig, stored: str) -> tuple[bool, str | None, st
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and able)
     weights = "bfloat16" if cuda and bf16 and config.lora_r and stored == "bfloat16" else "float32"
     return bf16, "eager" if bf16 and not cuda else None, weights
+
+
+def encoded_sides(
+    config: TrainingConfig,
+    run: Run,
+    base: Base,
+    read: Callable[[str], Iterable[T]],
+    encode: Callable[[Iterable[T], Renderer, Reject], Encoded],
+) -> tuple[Encoded, Encoded | None]:
+    """The training files as one, and the test file if there is one. RecordError when too much of both is rejected."""
+    train = encode(chain.from_iterable(map(read, config.dataset_list_train)), base.renderer, run.reject)
+    test = encode(read(config.dataset_list_test), base.renderer, run.reject) if config.dataset_list_test else None
+    run.check_rejects(train.counts["read"] + (test.counts["read"] if test else 0))
+    return train, test
 
 
 def fit(config: TrainingConfig, run: Run, base: Base, train: Encoded, test: Encoded | None) -> None:

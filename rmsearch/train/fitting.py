@@ -5,6 +5,7 @@ One text that is too long would end the whole run: engines and servers refuse su
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rmsearch.errors import ConfigError
@@ -15,21 +16,25 @@ if TYPE_CHECKING:
 
 SPARE = 16  # tokens that may arise where the parts of a prompt meet
 LEAST = 16  # tokens of a text with which there is something to write about
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？]|\n")
 
 
 class Fitting:
-    """Cuts texts to ``max_characters`` and to the tokens that are left beside ``messages`` and the answer.
+    """Cuts texts to ``max_characters`` and to the tokens that are left beside ``messages`` and the answer, shared by
+    the ``texts`` of a prompt.
 
     Tokens are counted with the model's tokenizer where the model lies on this machine or in storage. For a model
     behind a server they are known only with --max-model-len, and a token then counts as one byte of UTF-8, which it
     never falls below. Raises ConfigError when nothing is left for the text.
     """
 
-    def __init__(self, flags: GeneratorFlags, messages: list[dict[str, str]], max_characters: int) -> None:
+    def __init__(
+        self, flags: GeneratorFlags, messages: list[dict[str, str]], max_characters: int, texts: int = 1
+    ) -> None:
         from rmsearch.engines import pick_engine
         from rmsearch.engines.loading import is_local
 
-        self._characters = max_characters
+        self._characters, self._texts = max_characters, texts
         self._tokens: int | None = None
         self._tokenizer: TextTokens | None = None
         if pick_engine(flags.engine, flags.base_url) != "http" or is_local(flags.model_name):
@@ -52,7 +57,7 @@ class Fitting:
         self._tokenizer = TextTokens(tokenizer, left, plain=True)
 
     def _leave(self, longest: int, read: int, flags: GeneratorFlags) -> int:
-        self._tokens = longest - flags.max_tokens - read - SPARE
+        self._tokens = (longest - flags.max_tokens - read - SPARE) // self._texts
         if self._tokens < LEAST:
             problem = f"the instruction ({read} tokens) and the answer leave no room for a text in {longest} tokens"
             raise ConfigError(problem, where=f"--max-tokens {flags.max_tokens}", remedy="Lower it")
@@ -60,11 +65,20 @@ class Fitting:
 
     def __call__(self, text: str) -> str:
         """The text, or its beginning when it is too long: whole sentences or words."""
-        from rmsearch.train.ladders import cut
-
         start = text[: self._characters]
         if self._tokenizer is not None:
             start = self._tokenizer.cut(start, self._tokens or 0)
         elif self._tokens is not None:
             start = start.encode("utf-8", "replace")[: self._tokens].decode("utf-8", "ignore")
         return cut(text, len(start))
+
+
+def cut(text: str, limit: int) -> str:
+    """The text's start of at most ``limit`` characters: whole sentences if they fill half of that, else whole words."""
+    if len(text) <= limit:
+        return text
+    ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, limit + 1) if match.end() <= limit]
+    if ends and ends[-1] >= limit / 2:
+        return text[: ends[-1]].strip()
+    words = text[: limit + 1].rsplit(None, 1)
+    return words[0].strip() if len(words) == 2 else text[:limit]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation.vectors import ExactSearch, VectorCache, embedded, gathered, product, vector_identity
+from rmsearch.evaluation.vectors import (
+    ExactSearch,
+    VectorCache,
+    count_vectors,
+    embedded,
+    gathered,
+    product,
+    vector_identity,
+)
 from rmsearch.stage import Run, main, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import write_records
@@ -89,7 +96,7 @@ async def _search(
         **config.engine_arguments(),
     )
     try:
-        identity = vector_identity(config, embedder)
+        identity = vector_identity(embedder, config.model_name, config.base_url, config.dtype)
         caches = (
             VectorCache(config.query_checkpoint or f"{config.output}.queries.vectors", identity),
             VectorCache(config.key_checkpoint or f"{config.output}.keys.vectors", identity),
@@ -125,17 +132,8 @@ async def _compare(
         blocks = embedded(embedder, KeyTexts(keys), "key", config.key_batch_size, caches[1])
         async for first, block in gathered(counted(blocks), SEARCHED):
             await asyncio.to_thread(search.add, first, block)
-    _count(run, embedder, caches)
+    count_vectors(run, embedder, sum(cache.found for cache in caches))
     return search.result()
-
-
-def _count(run: Run, embedder: Embedder, caches: tuple[VectorCache, VectorCache]) -> None:
-    stats = embedder.stats
-    run.counts |= {"embedded": stats.scored, "cached": sum(cache.found for cache in caches), "tokens": stats.tokens}
-    run.counts["truncated"] = stats.truncated
-    if stats.seconds > 0:
-        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
-    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
+from rmsearch.evaluation.scores import count_scores
 from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
@@ -19,8 +20,6 @@ from rmsearch.train.retrieval import RetrievalFlags, check_correct_ids, open_key
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from rmsearch.engines import Scorer
 
 
 class RewardKeysConfig(RetrievalFlags):
@@ -110,21 +109,10 @@ async def _score(config: RewardKeysConfig, run: Run, pairs: Pairs) -> tuple[np.n
             k = min(config.k_key, len(pairs.keys))
             save, timeout = config.request_batch_size, config.timeout
             positions, rewards, saved = await score_pairs(scorer, pairs, k, journal, shown, save=save, timeout=timeout)
-        _count(run, scorer, saved)
+        count_scores(run, scorer, from_journal=saved)
     finally:
         await scorer.close()
     return positions, rewards
-
-
-def _count(run: Run, scorer: Scorer, saved: int) -> None:
-    stats = scorer.stats
-    run.counts |= {"scored": stats.scored, "from_journal": saved, "tokens": stats.tokens, "truncated": stats.truncated}
-    if stats.seconds > 0:
-        run.counts["pairs_per_second"] = round(stats.scored / stats.seconds, 1)
-    run.note(model_seconds=round(stats.seconds, 3))
-    if (contract := scorer.contract) is not None:
-        facts = contract.model_dump(mode="json", include={"architecture", "template_hash", "order", "max_length"})
-        run.note(contract=facts | {"template": contract.template.name})
 
 
 if __name__ == "__main__":

@@ -83,17 +83,17 @@ def decided_by(config: JudgeFlags) -> str:
 
 
 def _by_llm(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], total: int) -> Iterator[Judged]:
-    from rmsearch.engines import pick_engine
     from rmsearch.train.asking import Question, ask
+    from rmsearch.train.fitting import Fitting
     from rmsearch.train.instructions import instruction
 
     spec = instruction("judge")
-    constrained = config.constrain and pick_engine(config.engine, config.base_url) != "transformers"
-    choices: tuple[str, ...] | None = CHOICES if constrained else None
+    choices: tuple[str, ...] | None = CHOICES if config.constrain else None
+    fit = Fitting(config, spec.messages(query="", first="", second=""), config.max_characters, texts=3)
 
     def questions() -> Iterator[Question[Comparison]]:
         for comparison in comparisons:
-            query, *keys = (_cut(text, config.max_characters) for text in (comparison.contest.query, *comparison.keys))
+            query, *keys = map(fit, (comparison.contest.query, *comparison.keys))
             for first, second in (keys, keys[::-1]):
                 chat = spec.messages(query=query, first=first, second=second)
                 yield Question(comparison, chat, choices=choices, logprobs=config.top_logprobs or None)
@@ -108,10 +108,6 @@ def _by_llm(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], tot
             yield both[0].item, combined(*opinions)
     _report(run, seen, total)
     run.check_rejects(2 * total)
-
-
-def _cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[:characters] + "..."
 
 
 def _observe(seen: Counter[str], straight: Opinion, turned: Opinion) -> None:

@@ -3,8 +3,6 @@ rows that a ladder gives for training."""
 
 from __future__ import annotations
 
-import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,9 +15,9 @@ from rmsearch.stage import fields_with_role, option, source, target
 from rmsearch.train.asking import GeneratorFlags
 from rmsearch.train.fitting import Fitting
 from rmsearch.train.instructions import Instruction
-from rmsearch.train.ladder_language import language
+from rmsearch.train.languages import language
 
-_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？]|\n")
+LONG = 80  # characters of a text whose language can be told from it alone
 _MARKS = ".,;:!?\"'()[]“”‘’„«»*`。、！？"
 
 
@@ -58,21 +56,11 @@ def combination(position: int, first: int, second: int) -> tuple[int, int]:
     return one, (one + block) % second
 
 
-def fitting(flags: LadderFlags, spec: Instruction, **fields: Any) -> Fitting:
-    """What cuts rows so that the instruction with its longest parts, the row and the answer fit into the model."""
+def fitting(flags: LadderFlags, spec: Instruction, max_characters: int, **fields: Any) -> Fitting:
+    """What cuts rows to ``max_characters`` and so that the instruction with its longest parts, the row and the answer
+    fit into the model."""
     longest = {name: max((part["text"] for part in parts), key=len) for name, parts in spec.parts.items()}
-    return Fitting(flags, spec.messages(text="", **longest, **fields), sys.maxsize)
-
-
-def cut(text: str, limit: int) -> str:
-    """The text's start of at most ``limit`` characters: whole sentences if they fill half of that, else whole words."""
-    if len(text) <= limit:
-        return text
-    ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, limit + 1) if match.end() <= limit]
-    if ends and ends[-1] >= limit / 2:
-        return text[: ends[-1]].strip()
-    words = text[: limit + 1].rsplit(None, 1)
-    return words[0].strip() if len(words) == 2 else text[:limit]
+    return Fitting(flags, spec.messages(text="", **longest, **fields), max_characters)
 
 
 def strings(value: Any, field: str, count: int) -> list[str]:
@@ -107,9 +95,10 @@ def require_distinct(texts: Iterable[str], field: str, others: Sequence[str], na
 
 
 def require_language(texts: Sequence[str], source: str) -> None:
-    """ValueError when one of the texts, or all together, are in another language than their source."""
+    """ValueError when a long text, or all together, are surely in another language than their source."""
     wanted = language(source)
-    if wanted and any(language(text) not in (wanted, None) for text in [*texts, " ".join(texts)]):
+    long = [text for text in texts if len(text) >= LONG]
+    if wanted and any(language(text) not in (wanted, None) for text in [*long, "\n".join(texts)]):
         raise ValueError("the answer is in another language than the row")
 
 

@@ -23,19 +23,11 @@ def lora(config: LoraConfig, run: Run) -> None:
     on from its newest complete checkpoint when the same command is given again. Several GPUs:
     accelerate launch -m rmsearch.train.lora …
     """
-    from itertools import chain
-
     from rmsearch.train.data import encode_pairs, peek_template, read_pairs
-    from rmsearch.train.fit import fit, prepare_base
+    from rmsearch.train.fit import encoded_sides, fit, prepare_base
 
     base = prepare_base(config, peek_template(config.dataset_list_train))
-    pairs = chain.from_iterable(read_pairs(uri) for uri in config.dataset_list_train)
-    train = encode_pairs(pairs, base.renderer, run.reject)
-    test = None
-    if config.dataset_list_test:
-        test = encode_pairs(read_pairs(config.dataset_list_test), base.renderer, run.reject)
-    run.check_rejects(train.counts["read"] + (test.counts["read"] if test else 0))
-    fit(config, run, base, train, test)
+    fit(config, run, base, *encoded_sides(config, run, base, read_pairs, encode_pairs))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from rmsearch.train.instructions import Instruction, instruction
 from rmsearch.train.ladder_order import OrderFlags, verified
 from rmsearch.train.ladders import (
     combination,
-    cut,
     fitting,
     key_ladder_pairs,
     key_ladder_row,
@@ -119,10 +118,10 @@ def _ladders(config: KeyLadderConfig, run: Run, rows: int) -> Iterator[KeyLadder
 
 def _tasks(config: KeyLadderConfig, run: Run, spec: Instruction) -> Iterator[Task]:
     styles, strategies = spec.parts["styles"], spec.parts["strategies"]
-    fit = fitting(config, spec, n=config.n_key_generation, characters=config.longest)
+    fit = fitting(config, spec, config.longest, n=config.n_key_generation, characters=config.longest)
     for position, row in enumerate(config.rows()):
         style, strategy = combination(position, len(styles), len(strategies))
-        text = fit(cut(row.text.strip(), config.longest))
+        text = fit(row.text.strip())
         run.counts["cut_rows"] += len(text) < len(row.text.strip())  # type: ignore[operator]
         yield Task(row.id, text, styles[style], strategies[strategy])
 

@@ -17,7 +17,6 @@ from rmsearch.train.instructions import Instruction, instruction
 from rmsearch.train.ladders import (
     LadderFlags,
     combination,
-    cut,
     fitting,
     query_choices_row,
     query_ladder_row,
@@ -119,10 +118,10 @@ def _ladders(config: QueryPairsConfig, run: Run, rows: int) -> Iterator[Ladder]:
 
 def _tasks(config: QueryPairsConfig, run: Run, spec: Instruction) -> Iterator[Task]:
     types, ways = spec.parts["types"], spec.parts["ways"]
-    fit = fitting(config, spec, n=config.n_query_generation)
+    fit = fitting(config, spec, config.max_characters, n=config.n_query_generation)
     for position, row in enumerate(config.rows()):
         kind, way = combination(position, len(types), len(ways))
-        text = fit(cut(row.text.strip(), config.max_characters))
+        text = fit(row.text.strip())
         run.counts["cut_rows"] += len(text) < len(row.text.strip())  # type: ignore[operator]
         yield Task(row.id, text, types[kind], ways[way])
 

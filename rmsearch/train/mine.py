@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from rmsearch.errors import ConfigError
 from rmsearch.evaluation.flags import DatasetFlags
-from rmsearch.stage import Run, main, model, option, source, stage, target
+from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
 from rmsearch.train.anchors import Anchor, PseudoKind
 
 
@@ -30,6 +30,8 @@ class MineConfig(DatasetFlags):
     run_weights: list[float] | None = option(
         None, "Weights of runs, model, centroids and BM25, in that order, for the margins."
     )
+
+    cache_dir: str | None = tuning(None, "Folder that keeps vectors for other runs; evaluation embed's serves, too.")
 
     output: str = target(..., "Preference pairs to write (.json, .jsonl, .csv, .parquet, each also .gz).")
     negatives_per_positive: int = option(4, "Pairs per positive.", ge=1)
@@ -163,7 +165,7 @@ def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]
     similar: dict[str, Any] = {}
     if config.model_name:
         changed = dict.fromkeys(a.text for a in anchors if a.text != beir.key_text(a.key_id))
-        vectors = embed_all(beir, config.model_name, list(changed), run)
+        vectors = embed_all(beir, config.model_name, list(changed), run, config.cache_dir)
         rankers.append(VectorRanker(config.model_name, beir, vectors))
         if config.similar_query_share:
             similar = similar_queries(list(beir.queries), vectors.queries, config.similar_queries)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rmsearch.datasets.chain import QUERY_TYPES
+from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES
 from rmsearch.engines.generation import Generation
 from rmsearch.train.asking import json_value
 
@@ -104,7 +104,7 @@ def read_queries(generation: Generation) -> Queries:
                 continue
             seen.add(folded(text))
             kept.append(text)
-    if not any(by_type[name] for name in QUERY_TYPES if name != "irr_questions"):
+    if not any(by_type[name] for name in QUERY_TYPES if name != IRRELEVANT):
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError("the answer has no usable query" + (f" ({reasons})" if reasons else ""))
     return Queries(by_type, dropped)

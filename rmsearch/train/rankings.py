@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rmsearch.stage import Run
 
 BLOCK = 512
+QUERIES, KEYS = 256, 128  # texts per block: evaluation.embed's defaults, so that a cache serves both
 K1, B = 0.9, 0.4  # of evaluation.bm25
 
 
@@ -213,26 +214,31 @@ class Vectors:
     more_texts: list[str] = field(repr=False)
 
 
-def embed_all(beir: Beir, model: str, more_texts: list[str], run: Run) -> Vectors:
-    """Embeds the data set's queries and keys, and more texts as keys."""
+def embed_all(beir: Beir, model: str, more_texts: list[str], run: Run, cache_dir: str | None = None) -> Vectors:
+    """Embeds the data set's queries and keys, and more texts as keys; from the cache what it has."""
 
     async def work() -> Vectors:
         from rmsearch.engines import load_embedder
+        from rmsearch.evaluation.vectors import VectorCache, count_vectors, embedded, vector_identity
 
         keys = [beir.key_text(key) for key in sorted(beir.corpus)]
         embedder = load_embedder(model)
         try:
+            cache = VectorCache(cache_dir, vector_identity(embedder, model)) if cache_dir else None
             with run.progress(len(beir.queries) + len(keys) + len(more_texts), "texts") as bar:
 
-                async def vectors(texts: list[str], kind: str) -> np.ndarray:
+                async def vectors(texts: list[str], kind: Literal["query", "key"], size: int) -> np.ndarray:
                     blocks = []
-                    for start in range(0, len(texts), BLOCK):
-                        blocks.append(await embedder.embed(texts[start : start + BLOCK], kind))  # type: ignore[arg-type]
-                        bar.advance(len(blocks[-1]))
+                    async for _, block in embedded(embedder, texts, kind, size, cache):
+                        blocks.append(block)
+                        bar.advance(len(block))
                     return np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
 
-                asked = await vectors(list(beir.queries.values()), "query")
-                return Vectors(asked, await vectors(keys, "key"), await vectors(more_texts, "key"), more_texts)
+                asked = await vectors(list(beir.queries.values()), "query", QUERIES)
+                own = await vectors(keys, "key", KEYS)
+                more = await vectors(more_texts, "key", KEYS)
+            count_vectors(run, embedder, cache.found if cache else 0)
+            return Vectors(asked, own, more, more_texts)
         finally:
             await embedder.close()
 

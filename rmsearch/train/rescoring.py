@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rmsearch.datasets.chain import RelevanceRecord
 from rmsearch.datasets.corpus import CorpusIndex, Row, indexed
-from rmsearch.errors import RecordError, RetryableError
+from rmsearch.errors import RecordError
+from rmsearch.evaluation.scores import scores_in_time
 from rmsearch.searching.topk import TopK
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import read_models
@@ -184,14 +184,6 @@ async def _stream(
     """(pair numbers, rewards) of the pairs that are left, as they come."""
     if not len(left):
         return
-    async with aclosing(scorer.stream(pairs.texts(left))) as results:
-        while True:
-            try:
-                async with asyncio.timeout(timeout):
-                    positions, rewards = await anext(results)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                problem = f"no score came for {timeout:g} seconds"
-                raise RetryableError(problem, remedy="Run again; it goes on where it stopped") from None
+    async with aclosing(scores_in_time(scorer, pairs.texts(left), timeout)) as results:
+        async for positions, rewards in results:
             yield left[positions], rewards

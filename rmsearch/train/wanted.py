@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
-from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
+from rmsearch.datasets.chain import IRRELEVANT, QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import Candidates
 from rmsearch.errors import ConfigError
 from rmsearch.storage.records import read_models, read_records
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rmsearch.datasets.beir import Beir
     from rmsearch.train.sampling import SampleFlags
 
-IRRELEVANT = "irr_questions"  # asked about a row that does not answer them
 Grades = Mapping[str, Mapping[str, int]]
 
 
