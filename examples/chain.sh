@@ -32,7 +32,7 @@ judged() { # judged NAME JUDGE_FLAGS...
     --output "$out/${name}_inspect.html"
   rmsearch train lora --model-name "$base" --dataset-list-train "$out/${name}_train.jsonl" \
     --dataset-list-test "$out/${name}_test.jsonl" --output-dir "$out/${name}_model" "${lora[@]}"
-  rmsearch evaluation rerank --dataset-path "$data" --embed-output "$out/embed_test.json" --model-name "$out/${name}_model" \
+  rmsearch evaluation rerank --dataset-path "$data" --embed-output "$out/embed_test.json" --model-name "$out/${name}_model" --dtype "${DTYPE:=auto}" \
     --output "$out/$name.json" --output-eval "$out/${name}_eval.json"
 }
 judged labels --judge labels --dataset-path "$data" --split train
