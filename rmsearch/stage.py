@@ -308,9 +308,13 @@ def explain_validation(error: ValidationError) -> str:
     """All problems of a config in one line, each with its flag."""
     parts = []
     for problem in error.errors(include_url=False, include_context=False):
-        flag = "--" + ".".join(str(p) for p in problem["loc"]).replace("_", "-") if problem["loc"] else "config"
+        said = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # a rule over several flags, which it names itself
+            parts.append(said)
+            continue
+        flag = "--" + ".".join(str(p) for p in problem["loc"]).replace("_", "-")
         given = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:80]!r}"
-        parts.append(f"{flag}: {problem['msg'].removeprefix('Value error, ')}{given}")
+        parts.append(f"{flag}: {said}{given}")
     return "; ".join(parts)
 
 

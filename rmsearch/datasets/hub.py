@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rmsearch.datasets.corpus import find_id_column
 from rmsearch.errors import ConfigError, MissingExtraError, RetryableError, RMSearchError
+from rmsearch.progress import say
 
 SHUFFLE_BUFFER = 10_000
 
@@ -52,6 +54,9 @@ def hub_rows(
 def _load(name: str, config: str | None, split: str, stream: bool) -> Any:
     import datasets
 
+    # It tells of each attempt twice, through its own handler and the root's; in the end one error says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    say("hub", dataset=name, split=split, streaming=stream)
     return datasets.load_dataset(name, config, split=split, streaming=stream)
 
 

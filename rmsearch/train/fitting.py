@@ -31,13 +31,12 @@ class Fitting:
     def __init__(
         self, flags: GeneratorFlags, messages: list[dict[str, str]], max_characters: int, texts: int = 1
     ) -> None:
-        from rmsearch.engines import pick_engine
         from rmsearch.engines.loading import is_local
 
         self._characters, self._texts = max_characters, texts
         self._tokens: int | None = None
         self._tokenizer: TextTokens | None = None
-        if pick_engine(flags.engine, flags.base_url) != "http" or is_local(flags.model_name):
+        if flags.engine_arguments()["engine"] != "http" or is_local(flags.model_name):
             self._count_with_tokenizer(flags, messages)
         elif flags.max_model_len is not None:
             read = sum(len(message["content"]) for message in messages) // 3 + 64  # our own English
