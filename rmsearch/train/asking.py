@@ -49,11 +49,12 @@ class GeneratorFlags(EngineFlags):
     progress_dir: str | None = tuning(None, "Folder of the journal of answers; by default beside the output.")
     restart: bool = ignored(False, "work always goes on from the journal.")
 
-    def engine_arguments(self) -> dict[str, Any]:
-        """As for scoring, but an installed vLLM is taken without a GPU, too: it alone holds answers to a form here."""
+    def generator_arguments(self) -> dict[str, Any]:
+        """Arguments for load_generator. As for scoring, but an installed vLLM is taken without a GPU, too: it alone
+        holds answers to a form here."""
         if self.engine == "auto" and self.base_url is None and importlib.util.find_spec("vllm"):
-            return self.model_copy(update={"engine": "vllm"}).engine_arguments()
-        arguments = super().engine_arguments()
+            return self.model_copy(update={"engine": "vllm"}).generator_arguments()
+        arguments = self.engine_arguments()
         if arguments["engine"] == "http":
             arguments |= {"concurrency": self.in_flight, "timeout_s": self.timeout_s}
         return arguments
@@ -213,7 +214,7 @@ class _Asking(Generic[T, V]):
     def _load(self) -> Generator:
         from rmsearch.engines import load_generator
 
-        arguments = self._flags.engine_arguments()
+        arguments = self._flags.generator_arguments()
         self._held = arguments["engine"] != "transformers"
         if not self._held:
             self._run.say("warning", problem="the transformers engine holds answers to no form: more may be rejected")

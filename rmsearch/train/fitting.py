@@ -36,7 +36,7 @@ class Fitting:
         self._characters, self._texts = max_characters, texts
         self._tokens: int | None = None
         self._tokenizer: TextTokens | None = None
-        if flags.engine_arguments()["engine"] != "http" or is_local(flags.model_name):
+        if flags.generator_arguments()["engine"] != "http" or is_local(flags.model_name):
             self._count_with_tokenizer(flags, messages)
         elif flags.max_model_len is not None:
             read = sum(len(message["content"]) for message in messages) // 3 + 64  # our own English
