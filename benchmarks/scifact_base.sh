@@ -17,7 +17,7 @@ for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         (target / name).symlink_to((source / name).resolve())
 head, *rows = (source / "qrels" / "train.tsv").read_text().splitlines()
 claims = sorted({row.split("\t")[0] for row in rows})
-dev = set(random.Random(0).sample(claims, 150))
+dev = set(random.Random(0).sample(claims, min(150, len(claims) // 5)))
 for split, wanted in (("fit", lambda c: c not in dev), ("dev", lambda c: c in dev)):
     kept = [row for row in rows if wanted(row.split("\t")[0])]
     (target / "qrels" / f"{split}.tsv").write_text("\n".join([head, *kept]) + "\n")

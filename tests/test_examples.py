@@ -57,7 +57,7 @@ def write_pairs(path: Path, field: str) -> None:
 def test_the_chains_print_their_table_and_then_skip_what_is_done(tmp_path: Path) -> None:
     data, rng = tmp_path / "data", random.Random(1)
     write_beir(data / "metatool", rng, {"train": 60, "dev": 10, "test": 12})
-    write_beir(data / "scifact", rng, {"train": 170, "test": 12})
+    write_beir(data / "scifact", rng, {"train": 40, "test": 12})
     write_pairs(data / "medquad" / "pairs.jsonl", "answer")
     write_pairs(data / "squad_nqg" / "pairs_dev.jsonl", "positive")
     environment = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_server import Server, serving
@@ -584,8 +585,11 @@ def with_teacher(folder: Path, engine: str) -> list[dict[str, Any]]:
     return list(read_records(out))
 
 
-def test_a_teacher_in_transformers(tmp_path: Path) -> None:
+def test_a_teacher_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pairs = with_teacher(tmp_path, "transformers")
+    assert with_teacher(tmp_path, "auto") == pairs
+    if not torch.cuda.is_available():  # vLLM on a CPU is for generation only
+        assert "engine auto: transformers" in caplog.text
     assert len(pairs) == 12 and all(pair["margin"] > 0 for pair in pairs)
     assert {pair["source"] for pair in pairs} == {"reward of teacher"}
 
