@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pair_sets
 import pytest
 import tiny_models
 from llm_server import Server, serving
@@ -217,3 +218,20 @@ def test_the_arguana_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     --filtered-queries-json query_recs.json --source-csv df2.csv --source-column corpus --output sets.json"""
     assert run(retrieve) == 0 and run(sample) == 0
     assert len(records("sets.json")) == len(records("dataset_list_test.json")) == len(SUBJECTS)
+
+
+def test_lora_defaults(tmp_path: Path) -> None:
+    """D8: rank 16, alpha 16 on the projections of a decoder, and other ones by flag."""
+    base = tiny_models.decoder_reward_model(tmp_path / "llama3b-rm")
+    pairs = pair_sets.write(tmp_path / "train.json", pair_sets.pairs(8))
+    common = f"--dataset-list-train {pairs} --model-name {base} --max-steps 1"
+    changed = {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "q_proj"]}
+    flags = {"own": "", "less": "--lora-r 4 --lora-alpha 8 --lora-targets k_proj,q_proj --lora-layers 1"}
+    for name, more in flags.items():
+        assert run(f"python -m rmsearch.train.lora_example {common} --output-dir {tmp_path / name} {more}") == 0
+    adapters = {name: json.loads((tmp_path / name / "adapter" / "adapter_config.json").read_text()) for name in flags}
+    assert (adapters["own"]["r"], adapters["own"]["lora_alpha"]) == (16, 16)
+    every = {f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert set(adapters["own"]["target_modules"]) == every
+    assert {name: sorted(v) if isinstance(v := adapters["less"][name], list) else v for name in changed} == changed
+    assert adapters["less"]["layers_to_transform"] == [1]
