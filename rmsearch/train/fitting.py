@@ -59,7 +59,9 @@ class Fitting:
         self._tokens = (longest - flags.max_tokens - read - SPARE) // self._texts
         if self._tokens < LEAST:
             problem = f"the instruction ({read} tokens) and the answer leave no room for a text in {longest} tokens"
-            raise ConfigError(problem, where=f"--max-tokens {flags.max_tokens}", remedy="Lower it")
+            raise ConfigError(
+                problem, where=f"--max-tokens {flags.max_tokens}", remedy="Lower it, or take a model that reads more"
+            )
         return self._tokens
 
     def __call__(self, text: str) -> str:

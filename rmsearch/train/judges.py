@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rmsearch.storage.journal import Journal
     from rmsearch.train.judging import JudgeFlags
 
+CHOICE_TOKENS = 8  # room that is left for an answer held to CHOICES
 WINDOW = 4096  # comparisons whose rewards are fetched at a time
 
 
@@ -89,7 +90,8 @@ def _by_llm(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], tot
 
     spec = instruction("judge")
     choices: tuple[str, ...] | None = CHOICES if config.constrain else None
-    fit = Fitting(config, spec.messages(query="", first="", second=""), config.max_characters, texts=3)
+    room = config.model_copy(update={"max_tokens": CHOICE_TOKENS}) if config.constrain else config
+    fit = Fitting(room, spec.messages(query="", first="", second=""), config.max_characters, texts=3)
 
     def questions() -> Iterator[Question[Comparison]]:
         for comparison in comparisons:
