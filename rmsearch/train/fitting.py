@@ -67,10 +67,11 @@ class Fitting:
     def __call__(self, text: str) -> str:
         """The text, or its beginning when it is too long: whole sentences or words."""
         start = text[: self._characters]
-        if self._tokenizer is not None:
-            start = self._tokenizer.cut(start, self._tokens or 0)
-        elif self._tokens is not None:
-            start = start.encode("utf-8", "replace")[: self._tokens].decode("utf-8", "ignore")
+        if self._tokens is not None and len(coded := start.encode("utf-8", "replace")) > self._tokens:
+            if self._tokenizer is not None:
+                start = self._tokenizer.cut(start, self._tokens)
+            else:
+                start = coded[: self._tokens].decode("utf-8", "ignore")
         return cut(text, len(start))
 
 
