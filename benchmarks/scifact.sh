@@ -3,15 +3,12 @@
 # scifact_base.sh, then the training claims. No test claim and no test label is used before the last two commands.
 #   bash benchmarks/scifact.sh DATA OUTPUT_FOLDER        (DATA holds scifact/, medquad/ and squad_nqg/)
 set -euo pipefail
-data=$1 out=$2 set_=$2/scifact
-bash "$(dirname "$0")/scifact_base.sh" "$data" "$out"
+source "$(dirname "$0")/scifact_base.sh" # stage 1; data, out, set_, lora and dev are its
 for split in fit test; do
   rmsearch evaluation bm25 --dataset-path "$set_" --split $split --top-k 100 \
     --output "$out/bm25_$split.json" --output-eval "$out/bm25_${split}_eval.json"
 done
 
-lora=(--num-train-epochs 1 --lora-alpha 32 --warmup-ratio 0.1 --per-device-train-batch-size 32 --save-steps 50 --logging-steps 20)
-dev=(--dev-dataset-path "$set_" --dev-embed-output "$out/embed_dev.json" --dev-top-k 30 --dev-queries 60)
 # Stage 2: the 659 training claims against abstracts that both first stages rank high
 rmsearch train mine --dataset-path "$set_" --split fit --runs "$out/embed_fit.json" --runs "$out/bm25_fit.json" --positives 5000 \
   --negatives-per-positive 1 --rank-max 100 --random-share 0 --margin-scale 8 --output "$out/claims.jsonl"
