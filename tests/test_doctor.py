@@ -36,9 +36,9 @@ def test_the_command_is_quick_and_complete(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     started = time.monotonic()
     command = [sys.executable, "-m", "rmsearch.cli", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
     assert done.returncode == EXIT_DONE, done.stderr
-    assert time.monotonic() - started < 60  # 2 to 5 s on a quiet machine
+    assert time.monotonic() - started < 20  # 2 to 5 s on a quiet machine
     words = {line[:4].strip() for line in done.stdout.splitlines()}
     assert {"ok"} <= words <= {"ok", "warn", "fail", ""}
     for what in ("python", "cores", "memory", "disk here", "gpus", "torch", "packages", "minilm", "s3"):
@@ -143,7 +143,7 @@ def test_s3_failures(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden-word@127.0.0.1:9")
     started = time.monotonic()
     assert run_command(doctor, ["--s3", f"{s3_bucket}/x", "--json"]) == EXIT_RETRY
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 20
     with pytest.raises(RetryableError):
         doctor(s3=s3_bucket)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

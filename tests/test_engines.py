@@ -111,7 +111,7 @@ def test_event_loop_stays_alive_and_loops_may_change(tmp_path: Path) -> None:
 
     for _ in range(2):
         ticks, seconds = asyncio.run(use())
-        assert ticks > seconds  # a blocked loop would tick once or twice in all
+        assert ticks > seconds / 0.2
     asyncio.run(scorer.close())
 
 

@@ -212,7 +212,7 @@ def test_a_stop_signal_is_exit_75_without_a_traceback(tmp_path: Path, signum: in
         def sleep(config: StageConfig, run: Run) -> None:
             "Sleep."
             print("ready", flush=True)
-            time.sleep(300)
+            time.sleep(30)
         main(sleep)
         """)
     )
@@ -222,6 +222,6 @@ def test_a_stop_signal_is_exit_75_without_a_traceback(tmp_path: Path, signum: in
     assert process.stdout and process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=20)
     assert process.returncode == EXIT_RETRY
     assert "Traceback" not in error and "run the same command again" in error

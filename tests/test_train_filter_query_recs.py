@@ -106,6 +106,22 @@ def test_an_unknown_language_is_named(tmp_path: Path) -> None:
         run_filter(tmp_path, languages="en,xx")
 
 
+SENTENCES = {
+    "en": "The water in the pot is boiling and it was put on the stove by the cook.",
+    "de": "Das Wasser in dem Topf kocht und der Koch hat es auf die Platte gestellt.",
+    "fr": "Le cuisinier a mis une casserole sur le feu et les pommes sont dans un plat.",
+    "es": "El agua de la olla se calienta y el cocinero pone las patatas en una fuente.",
+    "zh": "鍋里的水开了,厨师把土豆放进去。",
+    "ja": "鍋の水が沸いたので、料理人はじゃがいもを入れた。",
+    "ru": "Вода в кастрюле кипит, и повар положил в неё картофель.",
+}
+
+
+@pytest.mark.parametrize("code", SENTENCES)
+def test_sentences_are_told_apart(code: str) -> None:
+    assert language(SENTENCES[code]) == code
+
+
 def test_what_is_no_language_is_open() -> None:
     assert [language(text) for text in ("", "12 + 5 = 17", "BRCA1", "🎉", "光合成")] == [None] * 5
     assert Languages(["yue"]).of("呢個係廣東話嘅句子，唔係普通話嚟㗎。") == "yue"
