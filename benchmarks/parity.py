@@ -18,7 +18,7 @@ from typing import Any
 import common
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import tiny_models
 from vllm_server import vllm_server
 
@@ -28,8 +28,8 @@ TEMPLATES = {"bert": ("encoder", "encoder_segment"), "qwen3": ("chat", "chat_key
 
 def build(folder: Path, family: str, name: str) -> Path:
     """A model folder with a contract for the template."""
-    from rmsearch.contract import make_contract, write_contract
-    from rmsearch.templates import template
+    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.prompts.templates import template
 
     if family == "bert":
         common.minilm_cross_encoder(folder)

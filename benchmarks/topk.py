@@ -19,7 +19,7 @@ from pathlib import Path
 import common
 import numpy as np
 
-from rmsearch.evaluation.vectors import ExactSearch
+from rmsearch.retrieval.vectors import ExactSearch
 from rmsearch.train.get_top_relevant_keys_embed import SEARCHED
 
 CHECKED = 5

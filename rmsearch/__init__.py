@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rmsearch.rm_trainer import RMTrainer as RMTrainer
     from rmsearch.search import Search as Search
-    from rmsearch.train.trainer import RMTrainer as RMTrainer
 
-_HOMES = {"Search": "rmsearch.search", "RMTrainer": "rmsearch.train.trainer"}
+_HOMES = {"Search": "rmsearch.search", "RMTrainer": "rmsearch.rm_trainer"}
 __all__ = ["RMTrainer", "Search", "__version__"]
 
 

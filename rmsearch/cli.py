@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from rmsearch import __version__
+from rmsearch.command_line import exit_code_of, run_command
 from rmsearch.errors import ConfigError
-from rmsearch.flags import exit_code_of, run_command
 from rmsearch.stage import Stage
 
 # group -> stage -> one line of help; the modules load only when they are run

@@ -356,7 +356,7 @@ def version_conflicts() -> Iterator[tuple[str, str, str]]:
 
 def minilm_lines() -> list[Line]:
     """The embedding model that comes as a package."""
-    from rmsearch.storage.models import PACKAGED, open_model
+    from rmsearch.models.folder import PACKAGED, open_model
 
     try:
         return [Line("ok", "minilm", f"{open_model(PACKAGED)}, weights verified")]
@@ -484,8 +484,8 @@ _HUB_REMEDY = "Download it where the network is, and give the folder"
 
 def _hub_name(name: str) -> bool:
     """Whether only a model hub could know this name: it is no S3 URI, folder, path or packaged model."""
+    from rmsearch.models.folder import PACKAGED_NAMES
     from rmsearch.storage import uri as uris
-    from rmsearch.storage.models import PACKAGED_NAMES
 
     path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     return not (uris.is_s3(name) or uris.exists(name) or path or name in PACKAGED_NAMES)
@@ -494,8 +494,8 @@ def _hub_name(name: str) -> bool:
 @contextlib.contextmanager
 def _small_copy(name: str) -> Iterator[Path]:
     """The model's folder; of one on S3 a copy without the weights themselves (headers only)."""
+    from rmsearch.models.folder import is_model_file, open_model
     from rmsearch.storage import uri as uris
-    from rmsearch.storage.models import is_model_file, open_model
 
     if not uris.is_s3(name):
         yield open_model(name)
@@ -525,7 +525,7 @@ def _copy_small(uri: str, target: Path) -> None:
 
 def _model_line(what: str, folder: Path, name: str) -> Line:
     """What the model is good for; raises the errors that using it would raise."""
-    from rmsearch.contract import HEAD_NAMES, load_json, model_facts, resolve_contract, tensor_names
+    from rmsearch.models.contract import HEAD_NAMES, load_json, model_facts, resolve_contract, tensor_names
 
     if (folder / "adapter_config.json").exists():
         base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")

@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rmsearch.searching.arguments import (
+from rmsearch.scoring.arguments import (
     InputError,
     candidate_pairs,
     frame_rows,
@@ -36,16 +36,16 @@ from rmsearch.searching.arguments import (
     template_choice,
     whole_number,
 )
-from rmsearch.searching.background import ClosedError, Engine
-from rmsearch.searching.scoring import RewardModel
-from rmsearch.searching.topk import TopK
-from rmsearch.searching.work import Unique, Work
+from rmsearch.scoring.model import RewardModel
+from rmsearch.scoring.pairs import Unique, Work
+from rmsearch.scoring.service import ClosedError, Engine
+from rmsearch.scoring.topk import TopK
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rmsearch.engines import Scorer
-    from rmsearch.searching.scoring import Put
+    from rmsearch.scoring.model import Put
 
 __all__ = ["ClosedError", "InputError", "Result", "Search", "SearchUpdate"]
 

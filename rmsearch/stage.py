@@ -322,6 +322,6 @@ def main(stage: Stage[Any]) -> None:
     """Entry point of ``python -m rmsearch.GROUP.STAGE``."""
     if str(Path(__file__).parent) in sys.path:  # run as a file: do not let rmsearch's modules shadow others
         sys.path.remove(str(Path(__file__).parent))
-    from rmsearch.flags import run_command
+    from rmsearch.command_line import run_command
 
     raise SystemExit(run_command(stage, sys.argv[1:]))

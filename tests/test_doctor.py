@@ -14,9 +14,9 @@ import pytest
 import tiny_models
 
 from rmsearch import doctor as module
+from rmsearch.command_line import run_command
 from rmsearch.doctor import DoctorConfig, Line, doctor, examine
 from rmsearch.errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RetryableError
-from rmsearch.flags import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +61,8 @@ def test_every_line_that_is_not_ok_has_a_remedy() -> None:
 
 
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rmsearch.contract import make_contract, write_contract
-    from rmsearch.prompts import template
+    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.prompts.renderer import template
 
     encoder = tiny_models.bert_cross_encoder(tmp_path / "encoder")
     guessed = tiny_models.decoder_reward_model(tmp_path / "guessed")

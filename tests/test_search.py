@@ -30,10 +30,10 @@ from hypothesis import strategies as st
 
 from rmsearch import Search
 from rmsearch.errors import ConfigError, ContractError, ModelError, RetryableError, RMSearchError
-from rmsearch.searching.arguments import InputError
-from rmsearch.searching.background import ClosedError
-from rmsearch.searching.topk import TopK
-from rmsearch.searching.work import Work
+from rmsearch.scoring.arguments import InputError
+from rmsearch.scoring.pairs import Work
+from rmsearch.scoring.service import ClosedError
+from rmsearch.scoring.topk import TopK
 
 QUERIES = ["which gene codes for the protein", "train price", "python error in code", "weather data"]
 KEYS = [
@@ -453,8 +453,8 @@ async def test_a_reward_that_is_not_finite_is_an_error() -> None:
 
 
 async def test_a_template_other_than_trained_with(tmp_path: Path) -> None:
-    from rmsearch.contract import make_contract, write_contract
-    from rmsearch.prompts import template
+    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.prompts.renderer import template
 
     folder = tiny_models.decoder_reward_model(tmp_path / "trained")
     write_contract(folder, make_contract(folder, template("chat"), 128))
@@ -533,7 +533,7 @@ def test_top_k_does_not_depend_on_the_order_of_arrival(queries: int, k: int, rew
 def test_a_grid_is_walked_once_in_every_order(
     queries: int, keys: int, block: int | None, key_first: bool, tile: int
 ) -> None:
-    from rmsearch.searching import work as module
+    from rmsearch.scoring import pairs as module
 
     before, module._TILE = module._TILE, tile
     try:

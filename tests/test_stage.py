@@ -14,8 +14,8 @@ from typing import Literal
 
 import pytest
 
+from rmsearch.command_line import run_command
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RejectedError, RetryableError
-from rmsearch.flags import run_command
 from rmsearch.stage import Run, StageConfig, model, option, source, stage, target, tuning
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
-from rmsearch.datasets.sampling import reservoir
+from rmsearch.datasets.reservoir import reservoir
 from rmsearch.errors import ConfigError, MissingExtraError, RecordError
 from rmsearch.storage import local
 from rmsearch.storage import uri as storage

@@ -7,11 +7,11 @@ import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from rmsearch.contract import Contract
 from rmsearch.engines.generation import Generation, Messages, Sampling
 from rmsearch.engines.options import Engine, EngineOptions
 from rmsearch.errors import ConfigError
-from rmsearch.prompts import Query, Template
+from rmsearch.models.contract import Contract
+from rmsearch.prompts.renderer import Query, Template
 
 if TYPE_CHECKING:
     import numpy as np

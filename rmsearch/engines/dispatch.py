@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rmsearch.engines.owner import Closable, Owner
+from rmsearch.engines.closing import Closable, Owner
 from rmsearch.engines.pairs import Window
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.prompts import Rendered
+from rmsearch.prompts.renderer import Rendered
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rmsearch.contract import load_json, model_facts
 from rmsearch.engines.dispatch import Backend, Dispatcher, Job, split_batches
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.prompts import Rendered
-from rmsearch.tokens import TextTokens, special_ends
+from rmsearch.models.contract import load_json, model_facts
+from rmsearch.prompts.renderer import Rendered
+from rmsearch.prompts.tokens import TextTokens, special_ends
 
 WINDOW = 8192
 LONGEST = 8192  # tokens, of a model that states no maximum of its own

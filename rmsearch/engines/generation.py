@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rmsearch.engines.owner import Closable, Owner
+from rmsearch.engines.closing import Closable, Owner
 from rmsearch.errors import AnswerError, ConfigError, ModelError
-from rmsearch.prompts import PINNED_DATE
+from rmsearch.prompts.renderer import PINNED_DATE
 
 Messages = str | Sequence[Mapping[str, str]]
 

@@ -13,9 +13,9 @@ import httpx
 import numpy as np
 
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.loops import LoopThread
+from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, ModelError, RetryableError
-from rmsearch.prompts import Prepared, Rendered, Renderer
+from rmsearch.prompts.renderer import Prepared, Rendered, Renderer
 
 CONCURRENCY = 16  # requests at a time
 BATCH, BATCH_TOKENS = 64, 65536  # per request

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmsearch.contract import CONTRACT_FILE, Contract, model_facts, resolve_contract
 from rmsearch.engines.embedding import EmbeddingSpec, TextEmbedder, TextInputs, TokenInputs, pooled, resolve_embedding
-from rmsearch.engines.heads import adapter_base, classifier_folder, is_adapter, merged_folder
 from rmsearch.engines.options import EngineOptions
 from rmsearch.engines.scheduler import PairScorer
 from rmsearch.errors import ConfigError
-from rmsearch.prompts import Renderer, Template
-from rmsearch.storage.models import PACKAGED_NAMES, open_model
+from rmsearch.models.contract import CONTRACT_FILE, Contract, model_facts, resolve_contract
+from rmsearch.models.folder import PACKAGED_NAMES, open_model
+from rmsearch.models.heads import adapter_base, classifier_folder, is_adapter, merged_folder
+from rmsearch.prompts.renderer import Renderer, Template
 from rmsearch.storage.uri import is_s3
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def vllm_scorer(reward: Reward, options: EngineOptions) -> PairScorer:
 
 def _vllm_serves_adapter(reward: Reward) -> bool:
     """vLLM knows LoRA for decoders only, and needs a base that has a head."""
-    from rmsearch.contract import HEAD_NAMES, tensor_names
+    from rmsearch.models.contract import HEAD_NAMES, tensor_names
 
     names = tensor_names(reward.folder)
     return reward.contract.pooling == "last" and any(f"{head}.weight" in names for head in HEAD_NAMES)

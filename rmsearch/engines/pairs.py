@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmsearch.errors import ConfigError
-from rmsearch.prompts import Query, key_text, query_text
+from rmsearch.prompts.renderer import Query, key_text, query_text
 
 REMEMBERED = 200_000  # pairs of a stream whose reward is kept for a later duplicate; about 40 MiB
 

@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rmsearch.contract import Contract
 from rmsearch.engines.dispatch import Backend, Dispatcher, Job, split_batches
 from rmsearch.engines.pairs import Memory, Texts, Window
-from rmsearch.prompts import Query, key_text, query_text
+from rmsearch.models.contract import Contract
+from rmsearch.prompts.renderer import Query, key_text, query_text
 
 WINDOW = 8192
 
 
 class PreparedPairs(Protocol):
-    """See :class:`rmsearch.prompts.Prepared`."""
+    """See :class:`rmsearch.prompts.renderer.Prepared`."""
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray: ...
 
@@ -31,7 +31,7 @@ class PreparedPairs(Protocol):
 
 
 class PairRenderer(Protocol):
-    """See :class:`rmsearch.prompts.Renderer`; a server that takes text gets one that leaves text as it is."""
+    """See :class:`rmsearch.prompts.renderer.Renderer`; a server that takes text gets one that leaves text as it is."""
 
     def prepare(self, queries: Sequence[str], keys: Sequence[str]) -> PreparedPairs: ...
 

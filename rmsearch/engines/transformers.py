@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rmsearch.contract import Contract, model_facts, tensor_names
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.heads import foreign_head, merge_adapter
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
-from rmsearch.prompts import Rendered
+from rmsearch.models.contract import Contract, model_facts, tensor_names
+from rmsearch.models.heads import foreign_head, merge_adapter
+from rmsearch.prompts.renderer import Rendered
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")

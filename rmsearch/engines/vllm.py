@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from rmsearch.contract import Contract, load_json
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.heads import ADAPTER_FILE
-from rmsearch.engines.loops import LoopThread
+from rmsearch.engines.threads import LoopThread
 from rmsearch.engines.vllm_start import prepare, spawning
 from rmsearch.errors import ConfigError, ModelError, RetryableError
-from rmsearch.prompts import Rendered
+from rmsearch.models.contract import Contract, load_json
+from rmsearch.models.heads import ADAPTER_FILE
+from rmsearch.prompts.renderer import Rendered
 
 CPU_BLOCK = 32  # tokens that share one cache entry; the CPU's default, 128, misses most shared prefixes
 IN_FLIGHT, BATCH = 8, 128  # together as many requests as vLLM takes on a large GPU at a time

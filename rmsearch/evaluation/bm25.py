@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from rmsearch.errors import MissingExtraError
-from rmsearch.evaluation.first_stage import rankings, self_positions, write_outputs
-from rmsearch.evaluation.flags import DatasetFlags, note_dataset
+from rmsearch.flags import DatasetFlags, note_dataset
+from rmsearch.retrieval.first_stage import rankings, self_positions, write_outputs
 from rmsearch.stage import Run, main, option, stage, target
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _best(index: Any, asked: list[list[str]], own: list[int], k: int) -> tuple[n
     """(positions int64[n, k], scores float32[n, k]); -inf marks an empty slot."""
     import numpy as np
 
-    from rmsearch.searching.topk import TopK
+    from rmsearch.scoring.topk import TopK
 
     best = TopK(len(asked), k)
     for row, words in enumerate(asked):

@@ -15,7 +15,7 @@ from rmsearch.stage import Run, StageConfig, main, model, option, stage, target
 if TYPE_CHECKING:
     import numpy as np
 
-    from rmsearch.contract import Contract
+    from rmsearch.models.contract import Contract
 
 # Queries and keys of several lengths, so that padding and truncation are compared too.
 SAMPLE = (
@@ -68,7 +68,7 @@ def convert(config: ConvertConfig, run: Run) -> None:
     Writes a sequence-classification folder (safetensors, rmsearch.json) that search, transformers and vLLM load as it
     is. Scores of sample pairs before and after must agree, else nothing is written.
     """
-    from rmsearch.storage.models import save_model_folder
+    from rmsearch.models.folder import save_model_folder
 
     source, target_folder = config.source, str(config.output)
     with tempfile.TemporaryDirectory(prefix="rmsearch-convert-") as temp:
@@ -84,10 +84,10 @@ def convert(config: ConvertConfig, run: Run) -> None:
 
 def _merge(config: ConvertConfig, source: str, out: Path) -> float:
     """Adapter + base, as one folder; returns the largest difference of the sample scores."""
-    from rmsearch.contract import make_contract, model_facts, write_contract
-    from rmsearch.engines.heads import ADAPTER_FILE, adapter_base
     from rmsearch.engines.transformers import load_classifier, load_tokenizer, quiet
-    from rmsearch.storage.models import open_model
+    from rmsearch.models.contract import make_contract, model_facts, write_contract
+    from rmsearch.models.folder import open_model
+    from rmsearch.models.heads import ADAPTER_FILE, adapter_base
 
     adapter = open_model(source)
     if not (adapter / ADAPTER_FILE).exists():
@@ -114,8 +114,8 @@ def _merge(config: ConvertConfig, source: str, out: Path) -> float:
 
 def _contract_of(config: ConvertConfig, adapter: Path, base: Path) -> Contract:
     """What the adapter was trained with: its rmsearch.json (or that of the training's folder), else the base's."""
-    from rmsearch.contract import infer_contract, model_facts, read_contract, resolve_contract
-    from rmsearch.templates import default_template, template
+    from rmsearch.models.contract import infer_contract, model_facts, read_contract, resolve_contract
+    from rmsearch.prompts.templates import default_template, template
 
     known = read_contract(adapter) or read_contract(adapter.parent)
     if known is not None:
@@ -151,10 +151,10 @@ def _unmerged_scores(base: Path, adapter: Path, tokenizer: Any, contract: Contra
 
 def _classifier(config: ConvertConfig, source: str, out: Path) -> float:
     """A yes/no reranker or a folder with ``score.pt`` as a sequence classifier; returns the largest difference."""
-    from rmsearch.contract import read_contract, resolve_contract
-    from rmsearch.engines.heads import causal_to_classifier
     from rmsearch.engines.transformers import load_tokenizer
-    from rmsearch.storage.models import open_model
+    from rmsearch.models.contract import read_contract, resolve_contract
+    from rmsearch.models.folder import open_model
+    from rmsearch.models.heads import causal_to_classifier
 
     folder = open_model(source)
     contract = resolve_contract(folder, name=source, template_name=config.template)
@@ -172,9 +172,9 @@ def _causal_scores(folder: Path, tokenizer: Any, contract: Contract) -> np.ndarr
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rmsearch.engines.heads import SCORE_FILE, foreign_head
     from rmsearch.engines.transformers import quiet
-    from rmsearch.prompts import Renderer
+    from rmsearch.models.heads import SCORE_FILE, foreign_head
+    from rmsearch.prompts.renderer import Renderer
 
     head = foreign_head(folder, tokenizer)
     if head is None:
@@ -205,8 +205,8 @@ def _rewards(loaded: Any, tokenizer: Any, contract: Contract) -> np.ndarray:
     """Rewards of the sample, float32[n], by a classifier."""
     import numpy as np
 
-    from rmsearch.prompts import Renderer
-    from rmsearch.train.scoring import score_inputs
+    from rmsearch.prompts.renderer import Renderer
+    from rmsearch.trainer.evaluation import score_inputs
 
     renderer = Renderer(tokenizer, contract.template, contract.max_length)
     rendered = [renderer.render(query, key) for query, key in SAMPLE]
@@ -219,7 +219,7 @@ def _rewards(loaded: Any, tokenizer: Any, contract: Contract) -> np.ndarray:
 def _agreement(before: np.ndarray, out: Path, contract: Contract, source: str) -> float:
     """Loads the written folder in float32 and compares; ModelError when the scores changed."""
     from rmsearch.engines.transformers import load_classifier, load_tokenizer
-    from rmsearch.train.export import check_equal
+    from rmsearch.trainer.export import check_equal
 
     tokenizer = load_tokenizer(out)
     after = _rewards(load_classifier(out, tokenizer, contract, dtype="float32", device="cpu"), tokenizer, contract)

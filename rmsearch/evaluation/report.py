@@ -9,13 +9,13 @@ from typing import Any
 
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation import sections
-from rmsearch.evaluation.candidates import records_of
-from rmsearch.evaluation.comparison import PRIMARY, RunFlags, evaluated, load_runs
-from rmsearch.evaluation.flags import DatasetFlags, note_dataset
-from rmsearch.evaluation.html import STYLE, el, join, page
-from rmsearch.evaluation.metrics import Qrels, ndcg
-from rmsearch.evaluation.runs import Run as RunFile
+from rmsearch.flags import DatasetFlags, note_dataset
+from rmsearch.metrics.comparison import PRIMARY, RunFlags, evaluated, load_runs
+from rmsearch.metrics.measures import Qrels, ndcg
+from rmsearch.reports import comparison as sections
+from rmsearch.reports.page import STYLE, el, join, page
+from rmsearch.retrieval.candidates import records_of
+from rmsearch.retrieval.runs import Run as RunFile
 from rmsearch.stage import Run, main, option, stage, target
 from rmsearch.storage import uri as storage
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation.candidates import Pairs, load_pairs
-from rmsearch.evaluation.flags import DatasetFlags, EngineFlags, note_dataset
-from rmsearch.evaluation.fusion import Fit, fit_weight, fuse
-from rmsearch.evaluation.latency import measure_latency
-from rmsearch.evaluation.runs import ordered, short, write_run
-from rmsearch.evaluation.scores import count_scores, scores_in_time
+from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
+from rmsearch.retrieval.candidates import Pairs, load_pairs
+from rmsearch.retrieval.fusion import Fit, fit_weight, fuse
+from rmsearch.retrieval.runs import ordered, short, write_run
+from rmsearch.scoring.latency import measure_latency
+from rmsearch.scoring.timed import count_scores, scores_in_time
 from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
 from rmsearch.storage.records import write_records
 

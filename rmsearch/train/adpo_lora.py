@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from rmsearch.stage import Run, ignored, main, option, source, stage, tuning
-from rmsearch.train.config import TrainingConfig
-from rmsearch.train.losses import OrderLoss
+from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.losses import OrderLoss
 
 
 class AdpoConfig(TrainingConfig):
@@ -42,8 +42,8 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     pairs it is in, and rows may be of unequal size. Six candidates in a total order state 15 pairs at the cost of six
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
-    from rmsearch.train.adpo_data import encode_rows, peek_row_template, read_rows
-    from rmsearch.train.fit import encoded_sides, fit, prepare_base
+    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
+    from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
 
     base = prepare_base(config, peek_row_template(config.dataset_list_train))
     train, test = encoded_sides(config, run, base, read_rows, encode_rows)

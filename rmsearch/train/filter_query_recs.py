@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field
 
 from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES, TYPE_NAMES, QueryRecord
 from rmsearch.errors import ConfigError, RecordError
-from rmsearch.evaluation.flags import EngineFlags
+from rmsearch.flags import EngineFlags
 from rmsearch.stage import Run, StageConfig, main, model, option, source, stage, target
 
 if TYPE_CHECKING:
-    from rmsearch.train.languages import Languages
-    from rmsearch.train.round_trip import Asked
+    from rmsearch.llm.languages import Languages
+    from rmsearch.retrieval.round_trip import Asked
 
 KEPT = 0
 REASONS = ("type", "language", "short", "long", "near_duplicate", "round_trip")  # verdicts from 1
@@ -133,8 +133,8 @@ def _check(config: FilterQueryRecsConfig) -> None:
 
 def _by_record(config: FilterQueryRecsConfig) -> tuple[bytearray, set[str]]:
     """The verdicts of the filters that look at one record at a time, and the types that there are."""
+    from rmsearch.llm.languages import Languages
     from rmsearch.storage.records import read_models
-    from rmsearch.train.languages import Languages
 
     languages = Languages(config.languages) if config.languages else None
     verdicts, types, ids = bytearray(), set(), array("q")
@@ -222,7 +222,7 @@ def _drop_near_duplicates(config: FilterQueryRecsConfig, verdicts: bytearray, th
 
 def _drop_by_round_trip(config: FilterQueryRecsConfig, run: Run, verdicts: bytearray, rank: int) -> None:
     from rmsearch.datasets.corpus import indexed, read_corpus
-    from rmsearch.train.round_trip import Asked, by_embedding, by_records
+    from rmsearch.retrieval.round_trip import Asked, by_embedding, by_records
 
     positions, wanted = array("q"), bytearray()
     queries: list[Asked] = []

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Literal
 
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation.vectors import (
+from rmsearch.retrieval.corpus_search import (
+    KeyTexts,
+    Question,
+    RetrievalFlags,
+    check_correct_ids,
+    open_keys,
+    read_questions,
+    relevance_records,
+)
+from rmsearch.retrieval.vectors import (
     ExactSearch,
     VectorCache,
     count_vectors,
@@ -20,15 +29,6 @@ from rmsearch.evaluation.vectors import (
 from rmsearch.stage import Run, main, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import write_records
-from rmsearch.train.retrieval import (
-    KeyTexts,
-    Question,
-    RetrievalFlags,
-    check_correct_ids,
-    open_keys,
-    read_questions,
-    relevance_records,
-)
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,12 +11,18 @@ from pydantic import model_validator
 
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation.scores import count_scores
+from rmsearch.retrieval.corpus_search import (
+    RetrievalFlags,
+    check_correct_ids,
+    open_keys,
+    read_questions,
+    relevance_records,
+)
+from rmsearch.retrieval.rescoring import Pairs, candidate_pairs, score_pairs
+from rmsearch.scoring.timed import count_scores
 from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
-from rmsearch.train.rescoring import Pairs, candidate_pairs, score_pairs
-from rmsearch.train.retrieval import RetrievalFlags, check_correct_ids, open_keys, read_questions, relevance_records
 
 if TYPE_CHECKING:
     import numpy as np

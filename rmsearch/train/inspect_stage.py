@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import field_validator
 
 from rmsearch.errors import RejectedError
+from rmsearch.reports.preference_checks import Check, CheckFlags
 from rmsearch.stage import Run, option, source, stage, target
-from rmsearch.train.inspect_checks import Check, CheckFlags
 
 
 class InspectConfig(CheckFlags):
@@ -65,11 +65,11 @@ def inspect(config: InspectConfig, run: Run) -> None:
     with --strict it is exit code 2. Per pair some 70 bytes are kept, per distinct text compared 400; texts are read
     again where they are shown.
     """
-    from rmsearch.evaluation.candidates import records_of
+    from rmsearch.reports.preference_checks import check_judges, check_overlap, check_set, failed
+    from rmsearch.reports.preference_page import render
+    from rmsearch.retrieval.candidates import records_of
     from rmsearch.storage import uri as storage
     from rmsearch.storage.records import write_json
-    from rmsearch.train.inspect_checks import check_judges, check_overlap, check_set, failed
-    from rmsearch.train.inspect_page import render
 
     made = {uri: records_of(uri) for uris in config.sets.values() for uri in uris}
     facts = gather(config, run, made)
@@ -91,9 +91,9 @@ def inspect(config: InspectConfig, run: Run) -> None:
 
 def gather(config: InspectConfig, run: Run, made: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """All facts about the sets: one pass over each file, and another one for the few texts that are shown."""
-    from rmsearch.train.inspect_columns import Columns
-    from rmsearch.train.inspect_entries import entries_at, read_entries
-    from rmsearch.train.inspect_measures import filled, measure, overlap, places_in, reports, sample
+    from rmsearch.reports.preference_columns import Columns
+    from rmsearch.reports.preference_entries import entries_at, read_entries
+    from rmsearch.reports.preference_measures import filled, measure, overlap, places_in, reports, sample
 
     columns = {of: Columns(config.opening_words, config.compared_texts) for of in config.sets}
     with run.progress(unit="pairs") as bar:

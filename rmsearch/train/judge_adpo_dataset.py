@@ -7,11 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from rmsearch.datasets.chain import AdvancedSet
+from rmsearch.preferences.judges import Comparison, Contest, Judged, decided_by, judged
+from rmsearch.preferences.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
+from rmsearch.preferences.verdicts import Verdict, without_circles
 from rmsearch.stage import Run, main, option, stage
 from rmsearch.storage.records import read_models
-from rmsearch.train.judges import Comparison, Contest, Judged, decided_by, judged
-from rmsearch.train.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
-from rmsearch.train.verdicts import Verdict, without_circles
 
 
 class JudgeAdvancedConfig(JudgeFlags):

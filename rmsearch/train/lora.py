@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rmsearch.stage import Run, main, option, stage
-from rmsearch.train.config import TrainingConfig
-from rmsearch.train.losses import PairLoss
+from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.losses import PairLoss
 
 
 class LoraConfig(TrainingConfig):
@@ -23,8 +23,8 @@ def lora(config: LoraConfig, run: Run) -> None:
     on from its newest complete checkpoint when the same command is given again. Several GPUs:
     accelerate launch -m rmsearch.train.lora …
     """
-    from rmsearch.train.data import encode_pairs, peek_template, read_pairs
-    from rmsearch.train.fit import encoded_sides, fit, prepare_base
+    from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
+    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
 
     base = prepare_base(config, peek_template(config.dataset_list_train))
     fit(config, run, base, *encoded_sides(config, run, base, read_pairs, encode_pairs))

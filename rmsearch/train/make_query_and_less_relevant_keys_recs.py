@@ -11,11 +11,10 @@ from typing import Any
 from rmsearch.datasets.chain import KeyLadder
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError
-from rmsearch.stage import Run, main, option, stage, target
-from rmsearch.train.asking import Question, ask, json_value
-from rmsearch.train.instructions import Instruction, instruction
-from rmsearch.train.ladder_order import OrderFlags, verified
-from rmsearch.train.ladders import (
+from rmsearch.llm.asking import Question, ask, json_value
+from rmsearch.llm.instructions import Instruction, instruction
+from rmsearch.preferences.ladder_order import OrderFlags, verified
+from rmsearch.preferences.ladders import (
     combination,
     fitting,
     key_ladder_pairs,
@@ -25,6 +24,7 @@ from rmsearch.train.ladders import (
     string,
     strings,
 )
+from rmsearch.stage import Run, main, option, stage, target
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English text has, so that an answer ends before --max-tokens
 LENGTH_ASKED = 0.1  # how far from the row's length the instruction lets a key go

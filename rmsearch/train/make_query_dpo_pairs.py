@@ -11,10 +11,9 @@ from pydantic import model_validator
 from rmsearch.datasets.chain import AdvancedRow, QueryChoices, QueryLadder
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError
-from rmsearch.stage import Run, ignored, main, option, stage
-from rmsearch.train.asking import Question, ask, json_value
-from rmsearch.train.instructions import Instruction, instruction
-from rmsearch.train.ladders import (
+from rmsearch.llm.asking import Question, ask, json_value
+from rmsearch.llm.instructions import Instruction, instruction
+from rmsearch.preferences.ladders import (
     LadderFlags,
     combination,
     fitting,
@@ -24,6 +23,7 @@ from rmsearch.train.ladders import (
     require_language,
     strings,
 )
+from rmsearch.stage import Run, ignored, main, option, stage
 
 LONG_ANSWERS = 6000  # tokens, of variant 3
 

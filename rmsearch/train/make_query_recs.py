@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
+from rmsearch.llm.asking import GeneratorFlags, Question, ask
+from rmsearch.llm.instructions import instruction
 from rmsearch.stage import Run, main, option, source, stage, target
-from rmsearch.train.asking import GeneratorFlags, Question, ask
-from rmsearch.train.instructions import instruction
 
 if TYPE_CHECKING:
     from rmsearch.engines.generation import Generation
-    from rmsearch.train.query_answers import Queries
+    from rmsearch.llm.answers import Queries
 
 
 class MakeQueryRecsConfig(GeneratorFlags):
@@ -57,10 +57,10 @@ def make_query_recs(config: MakeQueryRecsConfig, run: Run) -> None:
     for are dropped and counted; an answer without a usable query is asked for again, then rejected.
     """
     from rmsearch.datasets.corpus import read_corpus
+    from rmsearch.llm.answers import answer_schema, counts, read_queries
+    from rmsearch.llm.budget import Fitting
+    from rmsearch.llm.languages import language
     from rmsearch.storage.records import write_records
-    from rmsearch.train.fitting import Fitting
-    from rmsearch.train.languages import language
-    from rmsearch.train.query_answers import answer_schema, counts, read_queries
 
     spec, schema, amounts = instruction("make_query_recs"), answer_schema(), counts()
     rows = sum(1 for _ in read_corpus(config.input_csv, config.text_column, config.id_column))
@@ -99,7 +99,7 @@ def make_query_recs(config: MakeQueryRecsConfig, run: Run) -> None:
 
 def _check_language(row: Row, queries: Queries) -> None:
     """ValueError when the queries together are surely in another language than the row."""
-    from rmsearch.train.languages import language
+    from rmsearch.llm.languages import language
 
     if row.language is None:
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
 from rmsearch.errors import ConfigError, RecordError
-from rmsearch.evaluation.flags import DatasetFlags, note_dataset
+from rmsearch.flags import DatasetFlags, note_dataset
 from rmsearch.stage import Run, main, option, source, stage, target
 from rmsearch.storage.records import read_models, write_records
 

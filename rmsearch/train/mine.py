@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import field_validator
 
 from rmsearch.errors import ConfigError
-from rmsearch.evaluation.flags import DatasetFlags
+from rmsearch.flags import DatasetFlags
+from rmsearch.preferences.positives import Anchor, PseudoKind
 from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
-from rmsearch.train.anchors import Anchor, PseudoKind
 
 
 class MineConfig(DatasetFlags):
@@ -79,8 +79,8 @@ def mine(config: MineConfig, run: Run) -> None:
     """
     import numpy as np
 
+    from rmsearch.preferences.negatives import Miner, Rules, choose_anchors
     from rmsearch.storage.records import write_records
-    from rmsearch.train.negatives import Miner, Rules, choose_anchors
 
     _check(config)
     beir, anchors = _anchors(config)
@@ -135,7 +135,7 @@ def _check(config: MineConfig) -> None:
 
 
 def _anchors(config: MineConfig) -> tuple[Any, list[Anchor]]:
-    from rmsearch.train.anchors import from_pairs, labelled, pseudo
+    from rmsearch.preferences.positives import from_pairs, labelled, pseudo
 
     beir = from_pairs(config.pairs, config.query_field, config.key_field) if config.pairs else config.load()
     if config.pseudo_queries != "none":
@@ -149,7 +149,7 @@ def _anchors(config: MineConfig) -> tuple[Any, list[Anchor]]:
 def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]) -> tuple[list[Any], dict[str, Any]]:
     from dataclasses import replace
 
-    from rmsearch.train.rankings import (
+    from rmsearch.retrieval.rankers import (
         Bm25Ranker,
         CentroidRanker,
         VectorRanker,

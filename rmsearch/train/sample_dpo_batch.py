@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rmsearch.datasets.chain import SampledSet
+from rmsearch.preferences.queries import Wanted
+from rmsearch.preferences.sampling import SampleFlags, Sampler, or_refuse, sampled
 from rmsearch.stage import Run, main, option, stage, target
 from rmsearch.storage.records import write_records
-from rmsearch.train.sampling import SampleFlags, Sampler, or_refuse, sampled
-from rmsearch.train.wanted import Wanted
 
 
 class SampleConfig(SampleFlags):

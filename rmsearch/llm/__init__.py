@@ -1,0 +1,1 @@
+"""Language models as writers and judges: instructions, asking, answers."""

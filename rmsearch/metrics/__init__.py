@@ -1,0 +1,1 @@
+"""Metrics: measures of runs, significance, tables."""

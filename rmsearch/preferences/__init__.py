@@ -1,0 +1,1 @@
+"""Preferences: queries, positives, negatives, orders, judges, ladders."""

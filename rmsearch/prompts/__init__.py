@@ -1,0 +1,1 @@
+"""Prompts: a (query, key) pair as token ids."""

@@ -1,0 +1,1 @@
+"""Reports: HTML pages about runs and about preference sets."""

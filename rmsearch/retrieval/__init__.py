@@ -1,0 +1,1 @@
+"""Retrieval: vectors, BM25, rankings, runs, candidates and their fusion."""

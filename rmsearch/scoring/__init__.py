@@ -1,0 +1,1 @@
+"""Scoring: pairs, the model that scores them, scores kept, the best of them."""

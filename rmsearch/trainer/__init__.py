@@ -1,0 +1,1 @@
+"""Training of reward models: data, model, loop, checkpoints, export."""
