@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, read_corpus
 from rmsearch.errors import ConfigError
-from rmsearch.flags import DatasetFlags
+from rmsearch.flags import DatasetFlags, count_missing_keys
 from rmsearch.preferences.queries import Found, Wanted, wanted
 from rmsearch.stage import Run, option, source
 
@@ -61,11 +61,13 @@ class SampleFlags(DatasetFlags):
 @contextmanager
 def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[Wanted]]]:
     """A sampler over the corpus, which lies in a temporary file meanwhile, and the queries to sample for."""
-    from rmsearch.datasets.beir import read_qrels
+    from rmsearch.datasets.beir import in_corpus, read_qrels
 
     whole = config.dataset_path or (config.queries and config.corpus)
     beir = config.load() if whole else None
-    grades = beir.qrels if beir else read_qrels(config.qrels) if config.qrels else None
+    if beir:
+        count_missing_keys(run, beir)
+    grades = beir.reachable if beir else read_qrels(config.qrels) if config.qrels else None
     if config.source_csv:
         rows: Iterable[Row] = read_corpus(config.source_csv, config.source_column, config.id_column)
     else:
@@ -73,6 +75,9 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[W
         rows = (Row(key, document.key, {}) for key, document in beir.corpus.items())
     counts: Counter[str] = Counter()
     with indexed(rows) as corpus, run.progress(None, "queries") as bar:
+        if grades is not None:
+            known, where = lambda key: corpus.position(key) is not None, config.qrels or config.dataset_path
+            grades = in_corpus(grades, known, config.max_missing_share, where)
 
         def queries() -> Iterator[Wanted]:
             for each in wanted(config, beir, grades, counts):

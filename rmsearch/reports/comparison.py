@@ -131,7 +131,7 @@ def examples(
         return Markup()
     blocks = []
     for query, d in chosen:
-        relevant = set(beir.positives(query))
+        relevant = set(beir.relevant(query))
         delta = el("span", f"{d:+.3f}", class_=f"delta {'up' if d > 0 else 'down'}")
         columns = [_keys(f"relevant ({len(relevant)})", beir, sorted(relevant)[:KEYS_SHOWN], set())]
         columns += [

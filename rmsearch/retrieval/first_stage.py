@@ -29,7 +29,7 @@ def _records(beir: Beir, ranking: Ranking) -> Iterator[dict[str, Any]]:
             "key_ids": list(scores),
             "embed_relevances": list(scores.values()),
         }
-        if positives := beir.positives(query):  # left out when there are none, as upstream does
+        if positives := beir.relevant(query):  # left out when there are none, as upstream does
             record["positive_key_ids"] = positives
         yield record
 
