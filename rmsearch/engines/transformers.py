@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rmsearch.cores import free_cores
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import Generation, Wish, prompt_ids
 from rmsearch.engines.threads import LoopThread
@@ -30,6 +32,17 @@ def require_torch() -> None:
             __import__(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "cpu") from None
+
+
+def use_free_cores() -> None:
+    """Let torch and the tokenizers have no more threads than cores are free to this process: more would only wait for
+    each other. Fewer, where the program chose so, stay."""
+    import torch
+
+    cores = free_cores().number
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
+    if cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
 
 
 def pick_device(device: str | None = None) -> str:
@@ -55,6 +68,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The model folder's tokenizer; ModelError when it does not load."""
     from transformers import AutoTokenizer
 
+    use_free_cores()
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
