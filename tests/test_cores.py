@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,17 @@ def test_a_loaded_model_has_no_more_threads_than_cores(sixteen: Path, tmp_path: 
         assert os.environ["RAYON_NUM_THREADS"] == "2"
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_of_torch_sleep_while_they_wait(tmp_path: Path) -> None:
+    folder = tiny_models.bert_cross_encoder(tmp_path / "model")
+    code = (
+        "import os, sys; from rmsearch.engines import load_scorer; "
+        "load_scorer(sys.argv[1], engine='transformers').close_sync(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, then in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment
+        )
+        assert done.stdout.strip() == then, done.stderr
