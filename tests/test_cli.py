@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from rmsearch.cli import STAGES, load_stage
-from rmsearch.command_line import run_command
+from rmsearch.cli import STAGES, load_stage, run_command
 from rmsearch.stage import fields_with_role
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import pytest
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RejectedError, RetryableError
 from rmsearch.stage import Run, StageConfig, model, option, source, stage, target, tuning
 
@@ -207,7 +207,8 @@ def test_a_stop_signal_is_exit_75_without_a_traceback(tmp_path: Path, signum: in
         textwrap.dedent("""
         from __future__ import annotations
         import time
-        from rmsearch.stage import Run, StageConfig, main, stage
+        from rmsearch.cli import main
+        from rmsearch.stage import Run, StageConfig, stage
         @stage("evaluation.sleep")
         def sleep(config: StageConfig, run: Run) -> None:
             "Sleep."

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+from rmsearch.cli import main
 from rmsearch.errors import MissingExtraError
 from rmsearch.flags import DatasetFlags, note_dataset
 from rmsearch.retrieval.first_stage import rankings, self_positions, write_outputs
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 
 if TYPE_CHECKING:
     import numpy as np
