@@ -89,14 +89,24 @@ def _load(module: str) -> Stage[Any]:
 
 def run_rmsearch(arguments: Sequence[str]) -> int:
     """Run ``rmsearch`` with these arguments; returns the exit code."""
-    called: list[tuple[str, tuple[str, ...]]] = []
 
-    def parse() -> None:
-        if call := _parsed(rmsearch_app(), arguments, "rmsearch"):  # None after --help
-            called.append(call)
+    def run() -> None:
+        if called := _parsed(rmsearch_app(), arguments or ["--help"], "rmsearch"):  # None after --help
+            module, flags = called
+            _run(_load(module), flags)
 
-    code = exit_code_of(parse)
-    return run_command(_load(called[0][0]), called[0][1]) if called else code
+    return exit_code_of(run)
+
+
+def run_command(stage: Stage[Any], arguments: Sequence[str]) -> int:
+    """Parse the arguments, run the stage, print an error as one line; returns the exit code."""
+    return exit_code_of(lambda: _run(stage, arguments))
+
+
+def _run(stage: Stage[Any], arguments: Sequence[str]) -> None:
+    config = _parsed(stage_app(stage), arguments, stage.name)
+    if isinstance(config, StageConfig):  # None after --help
+        execute(stage, config)
 
 
 def rmsearch_app() -> App:
@@ -112,7 +122,6 @@ def rmsearch_app() -> App:
         return call
 
     app = App(name="rmsearch", help_flags=(), version=__version__, **QUIET)
-    app.default(usage)
     app.command(usage, name=("--help", "-h", "help"))
     app.command(stage_of("rmsearch.doctor"), name="doctor", help_flags=(), version_flags=())
     for group, stages in STAGES.items():
@@ -135,34 +144,19 @@ def _usage() -> str:
         "",
     ]
     for group, stages in STAGES.items():
-        lines.append(f"{group}:")
-        lines += _listed(stages)
+        width = max(map(len, stages))
+        lines += [f"{group}:", *(f"  {name:<{width}} {text}" for name, text in stages.items())]
     lines += [
         "",
         "doctor         Say what this machine can do: GPUs, vLLM, torch, S3, model folders.",
         "--version      Print the version.",
+        "",
+        "Exit codes: 0 done, 2 you must change something, 75 try again, 1 a bug.",
     ]
-    lines += ["", "Exit codes: 0 done, 2 you must change something, 75 try again, 1 a bug."]
     return "\n".join(lines)
 
 
-def _listed(stages: dict[str, str]) -> list[str]:
-    width = max(map(len, stages))
-    return [f"  {name:<{width}} {text}" for name, text in stages.items()]
-
-
-def run_command(stage: Stage[Any], arguments: Sequence[str]) -> int:
-    """Parse the arguments, run the stage, print an error as one line; returns the exit code."""
-
-    def parse_and_execute() -> None:
-        config = _parsed(app_of(stage), arguments, stage.name)
-        if isinstance(config, StageConfig):  # None after --help
-            execute(stage, config)
-
-    return exit_code_of(parse_and_execute)
-
-
-def app_of(stage: Stage[Any]) -> App:
+def stage_app(stage: Stage[Any]) -> App:
     """The command line of a stage; calling it returns the config. Flags win over environment, then YAML."""
 
     def command(*, config: StageConfig | None, config_file: str | None = None) -> StageConfig:
@@ -228,7 +222,7 @@ def _parsed(app: App, arguments: Sequence[str], where: str) -> Any:
         return app(list(arguments))
     except (CycloptsError, ValidationError) as error:
         cause = error.__cause__ if isinstance(error, CycloptsError) else error
-        problem = explain_validation(cause) if isinstance(cause, ValidationError) else str(error)
+        problem = explain_validation(cause) if isinstance(cause, ValidationError) else str(error).replace("...", "…")
         if isinstance(error, MissingArgumentError) and error.unused_tokens:  # what is missing may be misspelt there
             problem += f"; not understood: {' '.join(error.unused_tokens)}"
         raise ConfigError(problem, where=where, remedy="See --help") from None

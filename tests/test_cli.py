@@ -29,6 +29,13 @@ def test_an_unknown_command_is_exit_2_and_lists_the_choices() -> None:
     assert rmsearch("nothing").returncode == 2
 
 
+def test_a_group_lists_its_stages_and_names_may_have_dashes() -> None:
+    listed = rmsearch("evaluation")
+    assert listed.returncode == 0 and all(name in listed.stdout for name in STAGES["evaluation"])
+    dashes, underscores = (rmsearch("train", name, "--help").stdout for name in ("make-test-set", "make_test_set"))
+    assert dashes == underscores and "--output-queries" in dashes
+
+
 @pytest.mark.parametrize("group, name", [(group, name) for group, stages in STAGES.items() for name in stages])
 def test_every_stage_loads_and_documents_its_flags(group: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     stage = load_stage(group, name)
