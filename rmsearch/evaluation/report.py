@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, note_dataset
@@ -15,7 +16,7 @@ from rmsearch.reports import comparison as sections
 from rmsearch.reports.page import STYLE, el, join, page
 from rmsearch.retrieval.candidates import records_of
 from rmsearch.retrieval.compared_runs import RunFlags, evaluated, load_runs
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 from rmsearch.storage import uri as storage
 
 DEPTHS = (1, 2, 5, 10, 20, 50, 100)

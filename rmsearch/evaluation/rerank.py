@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
 from rmsearch.retrieval.candidates import Pairs, load_pairs
@@ -16,7 +17,7 @@ from rmsearch.retrieval.fusion import Fit, fit_weight, fuse
 from rmsearch.retrieval.runs import ordered, short, write_run
 from rmsearch.scoring.latency import measure_latency
 from rmsearch.scoring.timed import count_scores, scores_in_time
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, ignored, model, option, source, stage, target, tuning
 from rmsearch.storage.records import write_records
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.corpus_search import (
@@ -20,7 +21,7 @@ from rmsearch.retrieval.corpus_search import (
 )
 from rmsearch.retrieval.rescoring import Pairs, candidate_pairs, score_pairs
 from rmsearch.scoring.timed import count_scores
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, ignored, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
 

@@ -11,7 +11,7 @@ if __name__ == "inspect":  # a file of this folder is run by its path, and the s
     del sys.modules[__name__]
     __import__(__name__)  # Python takes what now stands in sys.modules
 else:
-    from rmsearch.stage import main
+    from rmsearch.cli import main
     from rmsearch.train.inspect_stage import InspectConfig, inspect
 
     __all__ = ["InspectConfig", "inspect"]

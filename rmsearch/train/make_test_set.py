@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import DatasetFlags, note_dataset
-from rmsearch.stage import Run, main, option, source, stage, target
+from rmsearch.stage import Run, option, source, stage, target
 from rmsearch.storage.records import read_models, write_records
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import field_validator
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, count_missing_keys
 from rmsearch.preferences.positives import Anchor, PseudoKind
-from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
 
 
 class MineConfig(DatasetFlags):

@@ -17,7 +17,7 @@ from fake_models import FakeScorer, bag, overlap, use_fakes
 from tiny_sets import write_beir
 
 import rmsearch.engines
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
@@ -34,7 +34,7 @@ WITH_FAKES = """
 import sys
 sys.path.insert(0, {tests!r})
 from fake_models import use_fakes
-from rmsearch.stage import main
+from rmsearch.cli import main
 from rmsearch.train.{name} import {name}
 use_fakes(setattr)
 main({name})
