@@ -12,7 +12,8 @@ import numpy as np
 from rmsearch.datasets.beir import Beir
 from rmsearch.preferences.negatives import Negatives, Positives, at_random, score_limit, shuffled
 from rmsearch.preferences.positives import PositivePair
-from rmsearch.retrieval.rankers import Ranker, best_positions, places
+from rmsearch.retrieval.first_stage import best_positions
+from rmsearch.retrieval.rankers import Ranker, places
 
 BLOCK_SCORES = 1 << 24  # scores held at a time: 64 MiB per ranker
 

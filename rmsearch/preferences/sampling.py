@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rmsearch.datasets.beir import read_qrels
+from rmsearch.datasets.beir import in_corpus, read_qrels
 from rmsearch.datasets.chain import RetrievedKey
 from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, read_corpus
 from rmsearch.errors import ConfigError
+from rmsearch.flags import count_missing_keys
 from rmsearch.preferences.negatives import TRIES, Negatives, score_limit
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags, labelled_queries
 from rmsearch.stage import Run
@@ -24,7 +25,9 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[L
     """A sampler over the corpus, which lies in a temporary file meanwhile, and the queries to sample for."""
     whole = config.dataset_path or (config.queries and config.corpus)
     beir = config.load() if whole else None
-    grades = beir.qrels if beir else read_qrels(config.qrels) if config.qrels else None
+    if beir:
+        count_missing_keys(run, beir)
+    grades = beir.reachable if beir else read_qrels(config.qrels) if config.qrels else None
     if config.source_csv:
         rows: Iterable[Row] = read_corpus(config.source_csv, config.source_column, config.id_column)
     else:
@@ -32,6 +35,9 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[L
         rows = (Row(key, document.key, {}) for key, document in beir.corpus.items())
     counts: Counter[str] = Counter()
     with indexed(rows) as corpus, run.progress(None, "queries") as bar:
+        if grades is not None:
+            known, where = lambda key: corpus.position(key) is not None, config.qrels or config.dataset_path
+            grades = in_corpus(grades, known, config.max_missing_share, where)
 
         def queries() -> Iterator[LabelledQuery]:
             for each in labelled_queries(config, beir, grades, counts):

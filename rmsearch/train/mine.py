@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
-from rmsearch.flags import DatasetFlags
+from rmsearch.flags import DatasetFlags, count_missing_keys
 from rmsearch.preferences.mining import Miner, Rules, choose_pairs
 from rmsearch.preferences.positives import PositivePair, PseudoKind, labelled_pairs, pseudo_queries, read_pairs
 from rmsearch.retrieval.rankers import (
@@ -98,6 +98,7 @@ def mine(config: MineConfig, run: Run) -> None:
     """
     _check(config)
     beir, positives = _positives(config)
+    count_missing_keys(run, beir)
     rng = np.random.default_rng(config.seed)
     chosen = choose_pairs(positives, config.positives, config.balance, rng)
     rankers, similar = _rankers(config, run, beir, chosen)

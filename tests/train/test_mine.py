@@ -18,13 +18,13 @@ from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.embed import embed
 from rmsearch.preferences.mining import Miner, Rules, choose_pairs
 from rmsearch.preferences.positives import PositivePair, as_claim, pseudo_queries, read_pairs
+from rmsearch.retrieval.first_stage import best_positions
 from rmsearch.retrieval.rankers import (
     Bm25Ranker,
     CentroidRanker,
     RunRanker,
     VectorRanker,
     Vectors,
-    best_positions,
     places,
     similar_queries,
 )
