@@ -400,6 +400,20 @@ def test_a_query_is_no_answer_to_itself(tmp_path: Path, monkeypatch: pytest.Monk
     assert not Path("new.json").exists()
 
 
+def test_a_key_that_differs_in_case_and_white_space_is_not_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {"a": "Salt harms mice", "b": "SALT  harms mice\n", "c": "does salt HARM?", "d": "far"}
+    write_records("corpus.jsonl", [{"_id": key, "text": text} for key, text in texts.items()])
+    write_records("queries.jsonl", [{"_id": f"q{i}", "text": "Does salt harm?"} for i in range(20)])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("".join(f"q{i}\ta\t1\n" for i in range(20)))
+    execute(make_test_set, dataset_path=".")
+    pairs = list(read_models("dataset_list_test.json", PreferencePair))
+    assert len(pairs) == 20 and {pair.rejected_key_id for pair in pairs} == {"d"}
+
+
 @pytest.mark.parametrize("block", [1, 3, 300, 4096])
 def test_exact_search_keeps_the_best_however_scores_come(block: int) -> None:
     """Scores that rise, fall and tie, with more keys than the search has room for."""
