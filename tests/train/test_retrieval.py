@@ -22,8 +22,8 @@ from rmsearch.datasets.beir import load_beir
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
 from rmsearch.errors import ConfigError, InputMissingError, RecordError, RetryableError
-from rmsearch.retrieval import rescoring
 from rmsearch.retrieval.vectors import ExactSearch
+from rmsearch.scoring import journaled
 from rmsearch.stage import execute
 from rmsearch.storage.records import read_models, read_records, write_records
 from rmsearch.train.get_top_relevant_keys_embed import get_top_relevant_keys_embed as embed_keys
@@ -225,7 +225,7 @@ def test_without_candidates_all_keys_are_scored(place: Path, monkeypatch: pytest
     every = [f"row{i}" for i in range(60)]
     for order in ("query_first", "key_first"):
         for slab in (1 << 20, 50):
-            monkeypatch.setattr(rescoring, "SLAB", slab)
+            monkeypatch.setattr(journaled, "SLAB", slab)
             monkeypatch.setattr(rmsearch.engines, "load_scorer", lambda *_, order=order, **__: ordered_scorer(order))
             run = execute(reward_keys, **options(output=f"{order}{slab}.json", candidates=None))
             records = json.loads(Path(f"{order}{slab}.json").read_text())
