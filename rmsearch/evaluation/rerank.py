@@ -204,7 +204,7 @@ def _records(config: RerankConfig, first: FirstStage, scores: np.ndarray) -> Ite
             "key_ids": list(rewards),
             "embed_relevances": each.embed_relevances,
             "rerank_relevances": list(rewards.values()),
-            "positive_key_ids": first.beir.positives(query),
+            "positive_key_ids": first.beir.relevant(query),
         }
 
 
