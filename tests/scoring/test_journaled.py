@@ -9,6 +9,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncGenerator, Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,14 @@ from fake_models import FakeScorer, overlap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rmsearch.engines
 from rmsearch.datasets.beir import Beir, Document
+from rmsearch.datasets.chain import KeyLadder
 from rmsearch.datasets.corpus import Row, indexed
 from rmsearch.datasets.records import Candidates
 from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.errors import RetryableError
+from rmsearch.preferences.ladder_order import OrderFlags, verified
 from rmsearch.retrieval.candidates import FirstStage, KeyChoices
 from rmsearch.retrieval.corpus_search import Question
 from rmsearch.scoring import journaled
@@ -36,6 +40,7 @@ from rmsearch.scoring.journaled import (
     score_journaled,
     window_scorer,
 )
+from rmsearch.stage import Run
 from rmsearch.storage.journal import Journal
 
 JOURNALS = Path(__file__).parents[1] / "fixtures" / "journals"
@@ -126,6 +131,27 @@ def test_a_judge_goes_on_with_rewards_of_older_code(tmp_path: Path) -> None:
     with opened("judge_rewards.journal", tmp_path) as journal, window_scorer(lambda: scorer, journal) as rewards:
         assert rewards(asked).tolist() == [overlap(*texts) for texts in asked]
         assert (rewards.from_journal, rewards.scored) == (10, 4) == (10, len(scorer.pairs))
+
+
+def test_the_order_of_ladders_goes_on_with_rewards_of_older_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their entries were one for each ladder."""
+    keys = [[KEYS[k] for k in row] for row in CHOSEN]
+    ladders = [
+        KeyLadder(query=query, correspond_key=row[0], less_relevant_keys=row[1:], df_id=query)
+        for query, row in zip(QUERIES, keys, strict=True)
+    ]
+    scorer = OrderedScorer()
+    monkeypatch.setattr(rmsearch.engines, "load_scorer", lambda *_, **__: scorer)
+    run = Run("ladders", str(tmp_path / "ladders.json"), "ladders", 0.0)
+    shutil.copy(JOURNALS / "ladder_rewards.journal", tmp_path / "ladders.json.rewards.journal")
+    flags = OrderFlags(input_csv="x", output="y", model_name="g", verify="reward", verify_model="m")
+    checked = list(verified(run, flags, iter(ladders), 3))
+    assert scorer.pairs == [(QUERIES[2], key) for key in keys[2]], "only those of the third ladder"
+    for ladder, row in zip(checked, keys, strict=True):
+        rewards = [overlap(ladder.query, key) for key in row]
+        assert ladder.violations == sum(better <= worse for better, worse in pairwise(rewards))
 
 
 def test_no_model_is_loaded_where_the_journal_has_all(tmp_path: Path) -> None:
