@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rmsearch.rm_trainer import RMTrainer as RMTrainer
-    from rmsearch.rmsearch import Search as Search
+    from rmsearch.search import Search as Search
 
 _HOMES = {"Search": "rmsearch.rmsearch", "RMTrainer": "rmsearch.rm_trainer"}
 __all__ = ["RMTrainer", "Search", "__version__"]

@@ -13,7 +13,7 @@ from rmsearch.search import ClosedError, InputError, RankedKey, Result, SearchUp
 __all__ = ["ClosedError", "InputError", "RankedKey", "Result", "Search", "SearchUpdate"]
 
 
-class Search(search.Search):
+class SearchWithOldNames(search.Search):
     __doc__ = search.Search.__doc__
 
     async def __call__(
@@ -51,3 +51,6 @@ class Search(search.Search):
     def close(self, *, kill: bool = False) -> None:
         """As `rmsearch.search.Search.close`. kill: accepted, no effect: closing is quick anyway."""
         super().close()
+
+
+Search = SearchWithOldNames
