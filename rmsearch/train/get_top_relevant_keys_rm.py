@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from pydantic import model_validator
 
 from rmsearch import engines
 from rmsearch.datasets.corpus import CorpusIndex
@@ -22,7 +21,7 @@ from rmsearch.retrieval.corpus_search import (
 )
 from rmsearch.scoring.journaled import BlockEntries, count_scores, score_journaled
 from rmsearch.scoring.topk import TopK
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
 
@@ -42,18 +41,6 @@ class RewardKeysConfig(RetrievalFlags):
     request_batch_size: int = tuning(128, "Scored pairs that are saved at a time.", ge=1)
     timeout: float = tuning(10000, "Seconds without any score after which to give up.", gt=0)
     checkpoint: str | None = tuning(None, "Where scores are saved as they come; by default beside the output.")
-    tag_tree: str | None = option(None, "Not there yet: routing by a tag tree. Use --candidates.")
-    tag2key_out: str | None = ignored(None, "belongs to --tag-tree.")
-    k_tag: int = ignored(2, "belongs to --tag-tree.")
-
-    @model_validator(mode="after")
-    def _no_tag_tree(self) -> RewardKeysConfig:
-        if self.tag_tree is not None:
-            raise ValueError(
-                "routing by a tag tree is not there yet; leave it away and narrow the keys down with --candidates, the "
-                "output of get_top_relevant_keys_embed"
-            )
-        return self
 
 
 NEXT = (
