@@ -10,12 +10,11 @@ from typing import Any
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, note_dataset
-from rmsearch.metrics.comparison import PRIMARY, RunFlags, evaluated, load_runs
-from rmsearch.metrics.measures import Qrels, ndcg
+from rmsearch.metrics.measures import PRIMARY, Qrels, Ranking, ndcg
 from rmsearch.reports import comparison as sections
 from rmsearch.reports.page import STYLE, el, join, page
 from rmsearch.retrieval.candidates import records_of
-from rmsearch.retrieval.runs import Run as RunFile
+from rmsearch.retrieval.compared_runs import RunFlags, evaluated, load_runs
 from rmsearch.stage import Run, main, option, stage, target
 from rmsearch.storage import uri as storage
 
@@ -35,7 +34,7 @@ class Material:
     """All that the page shows. ``runs``: name -> run, the baseline first; ``result``: what ndcg writes."""
 
     beir: Beir
-    runs: dict[str, RunFile]
+    runs: dict[str, Ranking]
     result: dict[str, Any]
     depths: dict[str, dict[int, float]]
     records: dict[str, list[dict[str, Any]]]
@@ -105,7 +104,7 @@ def render(material: Material, title: str | None, examples: int) -> str:
     return page(heading, STYLE, el("main", join(body)))
 
 
-def depth_curves(qrels: Qrels, runs: Mapping[str, RunFile]) -> dict[str, dict[int, float]]:
+def depth_curves(qrels: Qrels, runs: Mapping[str, Ranking]) -> dict[str, dict[int, float]]:
     """Name -> depth -> nDCG@10, when only the first run's top candidates are put into the other's order.
 
     Only for runs whose keys are all among the first run's, which is what reranking does.
@@ -120,7 +119,7 @@ def depth_curves(qrels: Qrels, runs: Mapping[str, RunFile]) -> dict[str, dict[in
     return curves
 
 
-def at_depth(first: RunFile, second: RunFile, depth: int) -> dict[str, dict[str, float]]:
+def at_depth(first: Ranking, second: Ranking, depth: int) -> dict[str, dict[str, float]]:
     """The first run with its top ``depth`` keys in the second's order; keys that the second lacks come after those."""
     mixed = {}
     for query, scores in first.items():

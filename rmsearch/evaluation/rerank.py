@@ -224,7 +224,7 @@ def _records(config: RerankConfig, pairs: Pairs, scores: np.ndarray) -> Iterator
             "key_ids": list(rewards),
             "embed_relevances": found.embed_relevances,
             "rerank_relevances": list(rewards.values()),
-            "positive_key_ids": pairs.beir.positives(query),
+            "positive_key_ids": pairs.beir.relevant(query),
         }
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmsearch.datasets.beir import Beir
-from rmsearch.metrics.measures import CUTOFFS, FAMILIES
-from rmsearch.metrics.table import PRIMARY, p_text
+from rmsearch.metrics.measures import CUTOFFS, FAMILIES, PRIMARY, Ranking
+from rmsearch.metrics.table import p_text
 from rmsearch.reports import charts
 from rmsearch.reports.page import Markup, el, join
-from rmsearch.retrieval.runs import Run
 
 SUMMARY = ("nDCG@10", "RR@10", "AP@100", "R@10", "R@100")
 SURE = 0.05
@@ -124,7 +123,7 @@ def gains(beir: Beir, name: str, baseline: str, differences: Sequence[tuple[str,
 
 
 def examples(
-    title: str, beir: Beir, runs: Mapping[str, Run], differences: Sequence[tuple[str, float]], sign: int
+    title: str, beir: Beir, runs: Mapping[str, Ranking], differences: Sequence[tuple[str, float]], sign: int
 ) -> Markup:
     """Queries with the largest differences of that sign: their texts, relevant keys, and the top of both runs."""
     chosen = [(query, d) for query, d in differences if d * sign > 0]
@@ -132,7 +131,7 @@ def examples(
         return Markup()
     blocks = []
     for query, d in chosen:
-        relevant = set(beir.positives(query))
+        relevant = set(beir.relevant(query))
         delta = el("span", f"{d:+.3f}", class_=f"delta {'up' if d > 0 else 'down'}")
         columns = [_keys(f"relevant ({len(relevant)})", beir, sorted(relevant)[:KEYS_SHOWN], set())]
         columns += [

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import field_validator
 
 from rmsearch.errors import ConfigError
-from rmsearch.flags import DatasetFlags
+from rmsearch.flags import DatasetFlags, count_missing_keys
 from rmsearch.preferences.positives import Anchor, PseudoKind
 from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
 
@@ -79,11 +79,12 @@ def mine(config: MineConfig, run: Run) -> None:
     """
     import numpy as np
 
-    from rmsearch.preferences.negatives import Miner, Rules, choose_anchors
+    from rmsearch.preferences.mining import Miner, Rules, choose_anchors
     from rmsearch.storage.records import write_records
 
     _check(config)
     beir, anchors = _anchors(config)
+    count_missing_keys(run, beir)
     rng = np.random.default_rng(config.seed)
     found = len(anchors)
     anchors = choose_anchors(anchors, config.positives, config.balance, rng)
