@@ -8,19 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rmsearch.datasets.beir import read_qrels
+from rmsearch.datasets.beir import in_corpus, read_qrels
 from rmsearch.datasets.chain import RetrievedKey
 from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, read_corpus
 from rmsearch.errors import ConfigError
-<<<<<<< HEAD
+from rmsearch.flags import count_missing_keys
 from rmsearch.preferences.negatives import TRIES, Negatives, score_limit
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags, labelled_queries
 from rmsearch.stage import Run
-=======
-from rmsearch.flags import DatasetFlags, count_missing_keys
-from rmsearch.preferences.queries import Found, Wanted, wanted
-from rmsearch.stage import Run, option, source
->>>>>>> retrieval
 
 T = TypeVar("T")
 
@@ -28,11 +23,6 @@ T = TypeVar("T")
 @contextmanager
 def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[LabelledQuery]]]:
     """A sampler over the corpus, which lies in a temporary file meanwhile, and the queries to sample for."""
-<<<<<<< HEAD
-=======
-    from rmsearch.datasets.beir import in_corpus, read_qrels
-
->>>>>>> retrieval
     whole = config.dataset_path or (config.queries and config.corpus)
     beir = config.load() if whole else None
     if beir:
