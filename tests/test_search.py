@@ -451,11 +451,13 @@ async def test_a_reward_that_is_not_finite_is_an_error() -> None:
 
 
 async def test_a_template_other_than_trained_with(tmp_path: Path) -> None:
-    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.models.contract import write_contract
+    from rmsearch.models.folder import ModelFolder
+    from rmsearch.models.resolve import make_contract
     from rmsearch.prompts.renderer import template
 
     folder = tiny_models.decoder_reward_model(tmp_path / "trained")
-    write_contract(folder, make_contract(folder, template("chat"), 128))
+    write_contract(folder, make_contract(ModelFolder(folder), template("chat"), 128))
 
     def write(query: str, key: str) -> str:
         return f"{key} {query}"
