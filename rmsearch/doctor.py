@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError, InputMissingError, RetryableError, RMSearchError
-from rmsearch.stage import Run, StageConfig, main, option, stage
+from rmsearch.stage import Run, StageConfig, option, stage
 
 GIB = 1 << 30
 LOW_DISK, LOW_MEMORY = 5 * GIB, 4 * GIB

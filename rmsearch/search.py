@@ -35,7 +35,7 @@ from rmsearch.scoring.arguments import (
     whole_number,
 )
 from rmsearch.scoring.model import Arrived, RewardModel
-from rmsearch.scoring.service import ClosedError, Engine
+from rmsearch.scoring.service import ClosedError, SharedScorer
 from rmsearch.scoring.task import (
     RankedKey,
     Reporter,
@@ -108,7 +108,7 @@ class Search:
             **engine_options,
         }
         self._model = RewardModel(str(model_name or ""), options, template, prompt, allow_template_mismatch, scorer)
-        self._engine = Engine(self._model.load)
+        self._engine = SharedScorer(self._model.load)
         weakref.finalize(self, self._engine.close)  # a Search that nobody closed ends its engine when it goes away
 
     # ---- searching

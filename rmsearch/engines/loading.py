@@ -18,7 +18,7 @@ from rmsearch.storage.uri import is_s3
 
 if TYPE_CHECKING:
     from rmsearch.engines.generation import TextGenerator
-    from rmsearch.engines.http import Server
+    from rmsearch.engines.server import Server
 
 LOCAL_OPTIONS = {"device"}  # of the transformers engine
 SERVER_OPTIONS = {"model", "timeout_s", "attempts"}
@@ -128,7 +128,7 @@ def is_local(name: str) -> bool:
 
 
 def _connect(options: EngineOptions) -> Server:
-    from rmsearch.engines.http import Server
+    from rmsearch.engines.server import Server
 
     assert options.base_url is not None, "pick_engine asks for one"
     settings = {name: value for name, value in options.extra.items() if name in ("timeout_s", "attempts")}
@@ -136,8 +136,8 @@ def _connect(options: EngineOptions) -> Server:
 
 
 def _connect_to_model(options: EngineOptions, model: str | None, max_length: int | None) -> tuple[Server, str | None]:
-    """The server and its name for the model; see `rmsearch.engines.http.served_model`."""
-    from rmsearch.engines.http import served_model
+    """The server and its name for the model; see `rmsearch.engines.server.served_model`."""
+    from rmsearch.engines.server import served_model
 
     server = _connect(options)
     try:
@@ -243,14 +243,14 @@ def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> 
 
 def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
-    from rmsearch.engines.generation import TextGenerator, TransformersGeneration, VLLMGeneration
-    from rmsearch.engines.transformers import load_causal, load_tokenizer, require_torch
+    from rmsearch.engines.generation import TextGenerator
+    from rmsearch.engines.transformers import TransformersGeneration, load_causal, load_tokenizer, require_torch
 
     require_torch()
     folder = open_model(name)
     tokenizer = load_tokenizer(folder)
     if options.engine == "vllm":
-        from rmsearch.engines.vllm import generating_engine
+        from rmsearch.engines.vllm import VLLMGeneration, generating_engine
 
         stored, arguments = model_facts(folder).dtype, options.vllm_arguments()
         how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
@@ -261,7 +261,8 @@ def local_generator(name: str, options: EngineOptions, max_length: int | None) -
 
 def http_generator(name: str, options: EngineOptions) -> TextGenerator:
     """A generator behind /v1/chat/completions."""
-    from rmsearch.engines.generation import HTTPGeneration, TextGenerator
+    from rmsearch.engines.generation import TextGenerator
+    from rmsearch.engines.http import HTTPGeneration
 
     model = options.extra_of(SERVER_OPTIONS).get("model") or name
     return TextGenerator(HTTPGeneration(_connect(options), model))

@@ -1,25 +1,26 @@
-"""The transformers backend: scores and embeds on CPU or one GPU, in a thread of its own."""
+"""The transformers backend: scores, embeds and generates on CPU or one GPU, in a thread of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from rmsearch.cores import free_cores
 from rmsearch.engines.dispatch import Limits
+from rmsearch.engines.generation import Generation, Wish, prompt_ids
+from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
 from rmsearch.models.contract import Contract, model_facts, tensor_names
 from rmsearch.models.heads import foreign_head, merge_adapter
 from rmsearch.prompts.renderer import Rendered
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
 # Per batch. On a CPU the activations of a small batch stay in its caches: 1024 ran 1.5 times as fast as 4096 (MiniLM).
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 
@@ -31,6 +32,17 @@ def require_torch() -> None:
             __import__(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "cpu") from None
+
+
+def use_free_cores() -> None:
+    """Let torch and the tokenizers have no more threads than cores are free to this process: more would only wait for
+    each other. Fewer, where the program chose so, stay."""
+    import torch
+
+    cores = free_cores().number
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
+    if cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
 
 
 def pick_device(device: str | None = None) -> str:
@@ -56,6 +68,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The model folder's tokenizer; ModelError when it does not load."""
     from transformers import AutoTokenizer
 
+    use_free_cores()
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -133,21 +146,6 @@ def _has_head(adapter: Path) -> bool:
     return any(name.endswith(("score.weight", "classifier.weight")) for name in tensor_names(adapter))
 
 
-class ModelThread:
-    """One thread that runs the model, so that the event loop stays alive and batches never overlap."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rmsearch-model")
-
-    async def __call__(self, work: Callable[[Given], Result], batch: Given) -> Result:
-        """Runs ``work(batch)``. A cancelled batch that has begun ends unseen."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, batch)
-
-    def close(self) -> None:
-        """Drops the batches that wait, ends after the one that runs."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class TransformersBackend:
     """Batches through a torch model. ``read_out(model, inputs, lengths)`` gives the tensor [n] or [n, d] to return."""
 
@@ -163,11 +161,11 @@ class TransformersBackend:
         self._device = next(model.parameters()).device
         tokens = batch_tokens or (CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS)
         self.limits = Limits(batch_tokens=tokens, batch_size=256, in_flight=2, padded=True, prefix_cache=False)
-        self._thread = ModelThread()
+        self._thread = LoopThread("rmsearch-model")
 
     async def forward(self, batch: list[Rendered]) -> np.ndarray:
         """float32[n] or [n, d] for model inputs, in order."""
-        return await self._thread(self._forward, batch)
+        return await self._thread.run(self._forward, batch)
 
     def _forward(self, batch: list[Rendered]) -> np.ndarray:
         import torch
@@ -189,15 +187,11 @@ class TransformersBackend:
                 remedy=f"Lower max_batch_tokens (now {self.limits.batch_tokens})",
             ) from None
 
-    async def close(self) -> None:
-        """Frees the model."""
-        await asyncio.to_thread(self.close_sync)
-
     def close_sync(self) -> None:
         """Frees the model."""
         import torch
 
-        self._thread.close()
+        self._thread.stop()
         self._model = None
         gc.collect()
         if self._device.type == "cuda":
@@ -265,3 +259,74 @@ def _load_whole(kind: Any, folder: Path, dtype: str, device: str | None, unused:
             remedy="Copy the model folder again",
         )
     return model.eval().to(where)
+
+
+class TransformersGeneration:
+    """Generates with transformers, one conversation at a time, without schemas or choices."""
+
+    in_flight = 2
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer, self._thread = model, tokenizer, LoopThread("rmsearch-model")
+
+    async def generate(self, wish: Wish) -> Generation:
+        """The answer to one wish; ConfigError for a form of answer, which this engine can't hold."""
+        if wish.schema is not None or wish.choices is not None:
+            raise ConfigError(
+                "the transformers engine cannot hold answers to a schema or choices",
+                remedy="Use engine='vllm' or a server (base_url=…)",
+            )
+        abandoned = threading.Event()
+        try:
+            return await self._thread.run(self._generate, wish, abandoned)
+        finally:
+            abandoned.set()
+
+    def _generate(self, wish: Wish, abandoned: threading.Event) -> Generation:
+        import torch
+
+        sampling = wish.sampling
+        ids = torch.tensor([prompt_ids(self._tokenizer, wish.messages)], device=self._model.device)
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_tokens}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        if sampling.stop:
+            options |= {"stop_strings": list(sampling.stop), "tokenizer": self._tokenizer}
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                return_dict_in_generate=True,
+                output_logits=sampling.logprobs is not None,
+                stopping_criteria=[lambda *_, **__: abandoned.is_set()],
+                **options,
+            )
+        new = out.sequences[0, ids.shape[1] :].tolist()
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        ended = len(new) < sampling.max_tokens or new[-1] == self._tokenizer.eos_token_id
+        logprobs = None if sampling.logprobs is None else self._top(out.logits, sampling.logprobs)
+        finish = "stop" if ended else "length"
+        return Generation(_before(text, sampling.stop), len(new), finish, logprobs, ids.shape[1])
+
+    def _top(self, logits: Any, count: int) -> tuple[dict[str, float], ...]:
+        import torch
+
+        rows = []
+        for row in logits:
+            values, ids = torch.log_softmax(row[0].float(), -1).topk(count)
+            rows.append({self._tokenizer.decode([i]): v for i, v in zip(ids.tolist(), values.tolist(), strict=True)})
+        return tuple(rows)
+
+    def close_sync(self) -> None:
+        """Frees the model."""
+        self._thread.stop()
+        self._model = None
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string, as vLLM and servers give it."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.progress import say
-from rmsearch.stage import Run, StageConfig, main, model, option, stage, target
+from rmsearch.stage import Run, StageConfig, model, option, stage, target
 
 if TYPE_CHECKING:
     import numpy as np

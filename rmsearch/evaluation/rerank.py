@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import model_validator
 
 from rmsearch import engines
+from rmsearch.cli import main
 from rmsearch.datasets.records import Candidates
 from rmsearch.engines import Scorer
 from rmsearch.errors import ConfigError
@@ -19,7 +20,7 @@ from rmsearch.retrieval.candidates import FirstStage, read_first_stage
 from rmsearch.retrieval.fusion import Fit, fit_weight, fuse
 from rmsearch.retrieval.runs import ordered, short, write_run
 from rmsearch.scoring.journaled import BlockEntries, count_scores, score_journaled
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, ignored, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from rmsearch import engines
+from rmsearch.cli import main
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.candidates import KeyChoices, recorded_candidates
@@ -21,7 +22,7 @@ from rmsearch.retrieval.corpus_search import (
 )
 from rmsearch.scoring.journaled import BlockEntries, count_scores, score_journaled
 from rmsearch.scoring.topk import TopK
-from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
 

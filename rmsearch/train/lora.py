@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.cli import main
+from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.losses import PairLoss
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_server import Server, serving
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.chain import AdvancedRow, KeyLadder, QueryChoices, QueryLadder
 from rmsearch.datasets.records import read_preferences
 from rmsearch.engines import load_scorer

@@ -17,7 +17,7 @@ from fake_models import FakeScorer, bag, overlap, use_fakes
 from tiny_sets import write_beir
 
 import rmsearch.engines
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
@@ -34,7 +34,7 @@ WITH_FAKES = """
 import sys
 sys.path.insert(0, {tests!r})
 from fake_models import use_fakes
-from rmsearch.stage import main
+from rmsearch.cli import main
 from rmsearch.train.{name} import {name}
 use_fakes(setattr)
 main({name})
@@ -397,6 +397,20 @@ def test_a_query_is_no_answer_to_itself(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="no other key is left to reject"):
         execute(make_test_set, dataset_path=".", output="new.json")
     assert not Path("new.json").exists()
+
+
+def test_a_key_that_differs_in_case_and_white_space_is_not_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {"a": "Salt harms mice", "b": "SALT  harms mice\n", "c": "does salt HARM?", "d": "far"}
+    write_records("corpus.jsonl", [{"_id": key, "text": text} for key, text in texts.items()])
+    write_records("queries.jsonl", [{"_id": f"q{i}", "text": "Does salt harm?"} for i in range(20)])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("".join(f"q{i}\ta\t1\n" for i in range(20)))
+    execute(make_test_set, dataset_path=".")
+    pairs = list(read_models("dataset_list_test.json", PreferencePair))
+    assert len(pairs) == 20 and {pair.rejected_key_id for pair in pairs} == {"d"}
 
 
 @pytest.mark.parametrize("block", [1, 3, 300, 4096])
