@@ -78,16 +78,16 @@ def read_first_stage(uri: str, beir: Beir) -> FirstStage:
     """
     _check_record(uri, beir)
     kept, skipped = [], 0
-    for number, found in enumerate(read_candidates(uri), 1):
-        if found.query_id in beir.unjudged:
+    for number, each in enumerate(read_candidates(uri), 1):
+        if each.query_id in beir.unjudged:
             skipped += 1
             continue
         where = f"{uri}:{number}"
-        if found.query_id not in beir.queries:
-            raise RecordError(f"the query id {found.query_id!r} is not in the data set", where=where, remedy=RERUN)
-        if unknown := next((key for key in found.key_ids if key not in beir.corpus), None):
+        if each.query_id not in beir.queries:
+            raise RecordError(f"the query id {each.query_id!r} is not in the data set", where=where, remedy=RERUN)
+        if unknown := next((key for key in each.key_ids if key not in beir.corpus), None):
             raise RecordError(f"the key id {unknown!r} is not in the corpus", where=where, remedy=RERUN)
-        kept.append(found)
+        kept.append(each)
     if not kept:
         problem = f"holds no candidates for the {len(beir.queries)} queries of the split {beir.split!r}"
         raise ConfigError(problem, where=uri, remedy=RERUN)
@@ -115,7 +115,7 @@ def records_of(uri: str) -> list[dict[str, Any]]:
     if not places and storage.exists(uri):
         folder = storage.parent(uri)
         places = [each for each in _files_in(folder) if each.endswith(".run.json")]
-    found, digest = [], storage.digest(uri) if places else ""
+    records, digest = [], storage.digest(uri) if places else ""
     for place in places:
         try:
             record = read_json(place)
@@ -123,8 +123,8 @@ def records_of(uri: str) -> list[dict[str, Any]]:
             continue
         outputs = record.get("outputs", {}) if isinstance(record, dict) else {}
         if any(storage.name(name) == storage.name(uri) and digest == of for name, of in outputs.items()):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _files_in(folder: str) -> list[str]:
@@ -190,15 +190,15 @@ def recorded_candidates(
 
 
 def _question(record: RelevanceRecord, known: dict[str, Question] | None, where: str) -> Question:
-    found = Question(record.query, record.query_id, record.df_id, record.query_type, record.correct_id)
+    question = Question(record.query, record.query_id, record.df_id, record.query_type, record.correct_id)
     if known is not None:
         if record.query_id not in known:
             raise RecordError(f"the query id {record.query_id!r} is not among the queries", where=where, remedy=_AGAIN)
         if known[record.query_id].query != record.query:
             problem = f"was made from other queries: {record.query_id!r} has another text here"
             raise RecordError(problem, where=where, remedy=_AGAIN)
-        found = known[record.query_id]
-    return found
+        question = known[record.query_id]
+    return question
 
 
 def _position(keys: CorpusIndex, identity: str, text: str, where: str) -> int:

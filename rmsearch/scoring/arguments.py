@@ -45,17 +45,17 @@ def query_texts(queries: Any, name: str = "queries") -> list[str]:
 
     InputError names the position of one that is neither.
     """
-    found = items_of(queries, name)
-    for i, query in enumerate(found):
+    texts = items_of(queries, name)
+    for i, query in enumerate(texts):
         if not isinstance(query, str):
             with input_errors():
-                found[i] = query_text(_plain_query(query), f"{name}[{i}]")
-    return found
+                texts[i] = query_text(_plain_query(query), f"{name}[{i}]")
+    return texts
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns a ConfigError about an argument into an InputError."""
+    """Turn a ConfigError about an argument into an InputError."""
     try:
         yield
     except ConfigError as error:
@@ -69,23 +69,20 @@ def _plain_query(query: Any) -> Any:
     messages = query.get("message", query.get("messages")) if isinstance(query, Mapping) else query
     if not isinstance(messages, list | tuple):
         return query
-    return [m if isinstance(m, Mapping) else {"role": _get(m, "role"), "content": _get(m, "content")} for m in messages]
-
-
-def _get(message: Any, name: str) -> Any:
-    return getattr(message, name, None)
+    names = ("role", "content")
+    return [m if isinstance(m, Mapping) else {name: getattr(m, name, None) for name in names} for m in messages]
 
 
 def key_texts(keys: Any, name: str = "keys") -> list[str]:
     """The keys as a list; InputError when there is none, or names the position of one that is no string."""
-    found = items_of(keys, name)
-    for i, key in enumerate(found):
+    texts = items_of(keys, name)
+    for i, key in enumerate(texts):
         if not isinstance(key, str):
             with input_errors():
                 key_text(key, f"{name}[{i}]")
-    if not found:
+    if not texts:
         raise InputError(f"{name} is empty", remedy="Give at least one key to rank")
-    return found
+    return texts
 
 
 def prompt_text(prompt: Callable[..., Any], *arguments: Any) -> str:

@@ -57,10 +57,10 @@ class UniqueTexts:
 
     def positions(self) -> list[list[int]]:
         """For each unique text the positions that hold it, ascending."""
-        found: list[list[int]] = [[] for _ in self.texts]
+        positions: list[list[int]] = [[] for _ in self.texts]
         for position, text in enumerate(self.inverse.tolist()):
-            found[text].append(position)
-        return found
+            positions[text].append(position)
+        return positions
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class SearchTask:
     def _ranking(self, keys: list[int], scores: list[float]) -> list[tuple[int, float]]:
         """(key_id, score) of one query, equal texts with all their ids; empty slots (score -inf) are left out."""
         ids = self._key_ids
-        found = [(i, score) for key, score in zip(keys, scores, strict=True) if score > -math.inf for i in ids[key]]
-        return sorted(found, key=lambda item: (-item[1], item[0]))[: self.k]
+        ranked = [(i, score) for key, score in zip(keys, scores, strict=True) if score > -math.inf for i in ids[key]]
+        return sorted(ranked, key=lambda item: (-item[1], item[0]))[: self.k]
 
     @cached_property
     def _key_ids(self) -> list[list[int]]:
