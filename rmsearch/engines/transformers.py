@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rmsearch.cores import free_cores, spare_cores
+from rmsearch.cores import spare_cores
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import Generation, Wish, prompt_ids
 from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
-from rmsearch.models.contract import Contract, model_facts, tensor_names
+from rmsearch.models.contract import Contract
+from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import foreign_head, merge_adapter
 from rmsearch.prompts.renderer import Rendered
 
@@ -33,17 +33,6 @@ def require_torch() -> None:
             __import__(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "cpu") from None
-
-
-def use_free_cores() -> None:
-    """Let torch and the tokenizers have no more threads than cores are free to this process: more would only wait for
-    each other. Fewer, where the program chose so, stay."""
-    import torch
-
-    cores = free_cores().number
-    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
-    if cores < torch.get_num_threads():
-        torch.set_num_threads(cores)
 
 
 def pick_device(device: str | None = None) -> str:
@@ -65,17 +54,6 @@ def pick_dtype(dtype: str, device: str, stored: str) -> Any:
     return names[dtype]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The model folder's tokenizer; ModelError when it does not load."""
-    from transformers import AutoTokenizer
-
-    use_free_cores()
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer does not load: {_first_line(error)}", where=str(folder)) from None
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load reports: what matters in them is checked and raised here."""
@@ -92,10 +70,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
     """(the model, names of the weights that are missing and so random) of a transformers class; ModelError when the
     folder does not load."""
@@ -103,48 +77,45 @@ def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]
         with quiet():
             model, info = kind.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"does not load: {reason}", where=str(folder), remedy="Check the folder") from None
     return model, set(info["missing_keys"])
 
 
 def load_classifier(
-    folder: Path,
-    tokenizer: Any,
+    folder: ModelFolder,
     contract: Contract,
     *,
     dtype: str = "auto",
     device: str | None = None,
-    lora: Any = None,
+    adapter: ModelFolder | None = None,
 ) -> Any:
-    """The sequence classifier in ``folder`` with one label, its adapter merged, in eval mode on the device.
+    """The sequence classifier in ``folder`` with one label, the adapter merged, in eval mode on the device.
 
     ModelError when weights are missing, the head above all: a randomly initialised head is never served.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     where = pick_device(device)
-    head = None if lora is not None and _has_head(lora) else foreign_head(folder, tokenizer)
-    config = AutoConfig.from_pretrained(str(folder), num_labels=1)
+    trained = frozenset() if adapter is None else adapter.tensors
+    has_head = any(name.endswith(("score.weight", "classifier.weight")) for name in trained)
+    head = None if has_head else foreign_head(folder)
+    config = AutoConfig.from_pretrained(str(folder.path), num_labels=1)
     chosen = pick_dtype(dtype, where, contract.dtype)
-    model, missing = load_weights(AutoModelForSequenceClassification, folder, config=config, dtype=chosen)
+    model, missing = load_weights(AutoModelForSequenceClassification, folder.path, config=config, dtype=chosen)
     if head is not None:
         model.score.weight.data.copy_(head)
         missing.discard("score.weight")
-    if lora is not None:
-        trained = {name.removeprefix("base_model.model.") for name in tensor_names(lora)}
-        model = merge_adapter(model, lora)
-        missing -= trained
+    if adapter is not None:
+        model = merge_adapter(model, adapter.path)
+        missing -= {name.removeprefix("base_model.model.") for name in trained}
     if missing:
         raise ModelError(
             f"these weights are missing and would be random: {', '.join(sorted(missing)[:4])}",
-            where=str(folder),
+            where=str(folder.path),
             remedy="Train a head first (`rmsearch train lora`), or give a model that has one",
         )
     return model.eval().to(where, chosen)  # PEFT puts a trained head in as float32
-
-
-def _has_head(adapter: Path) -> bool:
-    return any(name.endswith(("score.weight", "classifier.weight")) for name in tensor_names(adapter))
 
 
 class TransformersBackend:
@@ -226,37 +197,31 @@ def decoder_reward(model: Any, inputs: dict[str, Any], lengths: Any) -> Any:
     )[:, 0]
 
 
-def scoring_backend(model: Any, contract: Contract, tokenizer: Any, batch_tokens: int | None) -> TransformersBackend:
+def scoring_backend(
+    model: Any, folder: ModelFolder, contract: Contract, batch_tokens: int | None
+) -> TransformersBackend:
     """The backend of a reward model."""
-    pads = (contract.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pads = (contract.pad_token_id, folder.tokenizer.pad_token_id, folder.tokenizer.eos_token_id, 0)
     pad = next(each for each in pads if each is not None)
     read_out = encoder_reward if contract.pooling == "cls" else decoder_reward
     return TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=batch_tokens)
 
 
-def load_encoder(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Any:
-    """The bare model in ``folder`` (no head) in eval mode on the device; ModelError when weights are missing."""
-    from transformers import AutoModel
+def load_plain(kind: str, folder: ModelFolder, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """A model without a reward head in eval mode on the device; ModelError when weights are missing.
 
-    return _load_whole(AutoModel, folder, dtype, device, unused="pooler")
+    kind: the class of transformers, "AutoModel" (whose pooler is not used) or "AutoModelForCausalLM".
+    """
+    import transformers
 
-
-def load_causal(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Any:
-    """The language model in ``folder`` in eval mode on the device; ModelError when weights are missing."""
-    from transformers import AutoModelForCausalLM
-
-    return _load_whole(AutoModelForCausalLM, folder, dtype, device, unused=None)
-
-
-def _load_whole(kind: Any, folder: Path, dtype: str, device: str | None, unused: str | None) -> Any:
     where = pick_device(device)
-    chosen = pick_dtype(dtype, where, model_facts(folder).dtype)
-    model, missing = load_weights(kind, folder, dtype=chosen)
-    missing = {name for name in missing if unused is None or unused not in name}
+    chosen = pick_dtype(dtype, where, folder.facts.dtype)
+    model, missing = load_weights(getattr(transformers, kind), folder.path, dtype=chosen)
+    missing = {name for name in missing if kind != "AutoModel" or "pooler" not in name}
     if missing:
         raise ModelError(
             f"these weights are missing: {', '.join(sorted(missing)[:4])}",
-            where=str(folder),
+            where=str(folder.path),
             remedy="Copy the model folder again",
         )
     return model.eval().to(where)

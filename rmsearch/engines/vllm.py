@@ -19,7 +19,7 @@ from rmsearch.engines.threads import LoopThread
 from rmsearch.engines.vllm_start import prepare, spawning
 from rmsearch.errors import ConfigError, ModelError, RetryableError
 from rmsearch.models.contract import Contract, load_json
-from rmsearch.models.heads import ADAPTER_FILE
+from rmsearch.models.folder import ADAPTER_FILE
 from rmsearch.prompts.renderer import Rendered
 
 CPU_BLOCK = 32  # tokens that share one cache entry; the CPU's default, 128, misses most shared prefixes
