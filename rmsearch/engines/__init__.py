@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+
+from rmsearch.engines.dispatch import Stats
+from rmsearch.engines.embedding import EmbeddingSpec
 from rmsearch.engines.generation import Generation, Messages, Sampling
 from rmsearch.engines.options import Engine, EngineOptions
 from rmsearch.errors import ConfigError
 from rmsearch.models.contract import Contract
 from rmsearch.prompts.renderer import Query, Template
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.engines.dispatch import Stats
-    from rmsearch.engines.embedding import EmbeddingSpec
 
 logger = logging.getLogger(__name__)
 
