@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rmsearch.interrupts import watch_command
+
 __version__ = "0.1.0"
+watch_command()
 
 if TYPE_CHECKING:
     from rmsearch.rm_trainer import RMTrainer as RMTrainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from pydantic import ValidationError
 
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RMSearchError
+from rmsearch.interrupts import STOPPED, run_stoppably
 from rmsearch.stage import Stage, StageConfig, execute, explain_validation
 
 if TYPE_CHECKING:
@@ -132,18 +132,13 @@ def run_command(stage: Stage[Any], arguments: Sequence[str]) -> int:
 
 def exit_code_of(action: Callable[[], None]) -> int:
     """Run an action as a command: errors of ours become one line on stderr and their exit code."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    signal.signal(signal.SIGTERM, stop)  # pods are stopped with SIGTERM: same way out as Ctrl-C
     try:
-        action()
+        run_stoppably(action)
     except RMSearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt:  # of a training that saved its state
+        print(STOPPED, file=sys.stderr)
         return EXIT_RETRY
     except BrokenPipeError:
         with contextlib.suppress(OSError):

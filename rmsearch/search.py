@@ -38,7 +38,7 @@ from rmsearch.scoring.arguments import (
 )
 from rmsearch.scoring.model import RewardModel
 from rmsearch.scoring.pairs import Unique, Work
-from rmsearch.scoring.service import ClosedError, Engine
+from rmsearch.scoring.service import ClosedError, SharedScorer
 from rmsearch.scoring.topk import TopK
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Search:
             **engine_options,
         }
         self._model = RewardModel(str(model_name or ""), options, template, prompt, allow_template_mismatch, scorer)
-        self._engine = Engine(self._model.load)
+        self._engine = SharedScorer(self._model.load)
         weakref.finalize(self, self._engine.close)  # a Search that nobody closed ends its engine when it goes away
 
     # ---- searching

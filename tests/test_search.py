@@ -718,10 +718,11 @@ async def test_the_garbage_collector_may_close_in_the_engines_own_thread() -> No
     search = Search(scorer=scorer)  # type: ignore[arg-type]
     await search(QUERIES, KEYS)
     engine = search._engine
-    assert engine._loop and engine._thread
-    engine._loop.call_soon_threadsafe(engine.close)
-    await asyncio.to_thread(engine._thread.join, 5)
-    assert not engine._thread.is_alive() and scorer.closed == 1
+    assert engine._thread
+    loop, thread = engine._thread._loop, engine._thread._thread
+    loop.call_soon_threadsafe(engine.close)
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive() and scorer.closed == 1
 
 
 @pytest.mark.filterwarnings("ignore:This process")

@@ -1,26 +1,25 @@
-"""The transformers backend: scores and embeds on CPU or one GPU, in a thread of its own."""
+"""The transformers backend: scores, embeds and generates on CPU or one GPU, in a thread of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from rmsearch.engines.dispatch import Limits
+from rmsearch.engines.generation import Generation, Wish, prompt_ids
+from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
 from rmsearch.models.contract import Contract
 from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import foreign_head, merge_adapter
 from rmsearch.prompts.renderer import Rendered
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
 # Per batch. On a CPU the activations of a small batch stay in its caches: 1024 ran 1.5 times as fast as 4096 (MiniLM).
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 
@@ -117,21 +116,6 @@ def load_classifier(
     return model.eval().to(where, chosen)  # PEFT puts a trained head in as float32
 
 
-class ModelThread:
-    """One thread that runs the model, so that the event loop stays alive and batches never overlap."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rmsearch-model")
-
-    async def __call__(self, work: Callable[[Given], Result], batch: Given) -> Result:
-        """Runs ``work(batch)``. A cancelled batch that has begun ends unseen."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, batch)
-
-    def close(self) -> None:
-        """Drops the batches that wait, ends after the one that runs."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class TransformersBackend:
     """Batches through a torch model. ``read_out(model, inputs, lengths)`` gives the tensor [n] or [n, d] to return."""
 
@@ -147,11 +131,11 @@ class TransformersBackend:
         self._device = next(model.parameters()).device
         tokens = batch_tokens or (CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS)
         self.limits = Limits(batch_tokens=tokens, batch_size=256, in_flight=2, padded=True, prefix_cache=False)
-        self._thread = ModelThread()
+        self._thread = LoopThread("rmsearch-model")
 
     async def forward(self, batch: list[Rendered]) -> np.ndarray:
         """float32[n] or [n, d] for model inputs, in order."""
-        return await self._thread(self._forward, batch)
+        return await self._thread.run(self._forward, batch)
 
     def _forward(self, batch: list[Rendered]) -> np.ndarray:
         import torch
@@ -173,15 +157,11 @@ class TransformersBackend:
                 remedy=f"Lower max_batch_tokens (now {self.limits.batch_tokens})",
             ) from None
 
-    async def close(self) -> None:
-        """Frees the model."""
-        await asyncio.to_thread(self.close_sync)
-
     def close_sync(self) -> None:
         """Frees the model."""
         import torch
 
-        self._thread.close()
+        self._thread.stop()
         self._model = None
         gc.collect()
         if self._device.type == "cuda":
@@ -243,3 +223,74 @@ def load_plain(kind: str, folder: ModelFolder, *, dtype: str = "auto", device: s
             remedy="Copy the model folder again",
         )
     return model.eval().to(where)
+
+
+class TransformersGeneration:
+    """Generates with transformers, one conversation at a time, without schemas or choices."""
+
+    in_flight = 2
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer, self._thread = model, tokenizer, LoopThread("rmsearch-model")
+
+    async def generate(self, wish: Wish) -> Generation:
+        """The answer to one wish; ConfigError for a form of answer, which this engine can't hold."""
+        if wish.schema is not None or wish.choices is not None:
+            raise ConfigError(
+                "the transformers engine cannot hold answers to a schema or choices",
+                remedy="Use engine='vllm' or a server (base_url=…)",
+            )
+        abandoned = threading.Event()
+        try:
+            return await self._thread.run(self._generate, wish, abandoned)
+        finally:
+            abandoned.set()
+
+    def _generate(self, wish: Wish, abandoned: threading.Event) -> Generation:
+        import torch
+
+        sampling = wish.sampling
+        ids = torch.tensor([prompt_ids(self._tokenizer, wish.messages)], device=self._model.device)
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_tokens}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        if sampling.stop:
+            options |= {"stop_strings": list(sampling.stop), "tokenizer": self._tokenizer}
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                return_dict_in_generate=True,
+                output_logits=sampling.logprobs is not None,
+                stopping_criteria=[lambda *_, **__: abandoned.is_set()],
+                **options,
+            )
+        new = out.sequences[0, ids.shape[1] :].tolist()
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        ended = len(new) < sampling.max_tokens or new[-1] == self._tokenizer.eos_token_id
+        logprobs = None if sampling.logprobs is None else self._top(out.logits, sampling.logprobs)
+        finish = "stop" if ended else "length"
+        return Generation(_before(text, sampling.stop), len(new), finish, logprobs, ids.shape[1])
+
+    def _top(self, logits: Any, count: int) -> tuple[dict[str, float], ...]:
+        import torch
+
+        rows = []
+        for row in logits:
+            values, ids = torch.log_softmax(row[0].float(), -1).topk(count)
+            rows.append({self._tokenizer.decode([i]): v for i, v in zip(ids.tolist(), values.tolist(), strict=True)})
+        return tuple(rows)
+
+    def close_sync(self) -> None:
+        """Frees the model."""
+        self._thread.stop()
+        self._model = None
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string, as vLLM and servers give it."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text

@@ -208,23 +208,27 @@ class Stop:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Catches SIGTERM and Ctrl-C while training; a second one ends at once."""
+        """Take the first SIGTERM or Ctrl-C while training; a second one is the command's and ends at once."""
+        former = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for each, handler in former.items():
+                signal.signal(each, handler)
 
         def note(signum: int, _: Any) -> None:
-            if self.signalled:
-                raise KeyboardInterrupt(signal.Signals(signum).name)
             self.signalled = True
+            restore()
 
         try:
-            former = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
+            for each in former:
+                signal.signal(each, note)
         except ValueError:  # not the main thread: signals stay with it
             yield
             return
         try:
             yield
         finally:
-            for each, handler in former.items():
-                signal.signal(each, handler)
+            restore()
 
     def due(self) -> bool:
         """Whether to stop now; the same answer on every process."""

@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 from vllm_server import vllm_server
 
-from rmsearch.engines import http, load_embedder, load_generator, load_scorer
+from rmsearch.engines import load_embedder, load_generator, load_scorer, server
 from rmsearch.engines.generation import Sampling
 from rmsearch.errors import ConfigError, ModelError, RetryableError
 from rmsearch.models.contract import write_contract
@@ -88,8 +88,8 @@ def serve() -> Iterator[Callable[..., Scripted]]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(http, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.05)
 
 
 def reward(query: str, key: str) -> float:
