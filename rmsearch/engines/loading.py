@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmsearch.engines.embedding import (
     EmbeddingSpec,
@@ -15,15 +15,20 @@ from rmsearch.engines.embedding import (
     prefixes,
     resolve_embedding,
 )
-from rmsearch.engines.options import EngineOptions
+from rmsearch.engines.generation import TextGenerator
+from rmsearch.engines.http import HTTPEmbedding, HTTPGeneration, HTTPScoring, TextRenderer
+from rmsearch.engines.options import EngineOptions, engine_options
 from rmsearch.engines.scheduler import PairScorer
+from rmsearch.engines.server import Server, served_model
 from rmsearch.engines.transformers import (
     TransformersBackend,
+    TransformersGeneration,
     load_classifier,
     load_plain,
     require_torch,
     scoring_backend,
 )
+from rmsearch.engines.vllm import VLLMGeneration, embedding_engine, generating_engine, scoring_engine
 from rmsearch.errors import ConfigError
 from rmsearch.models.contract import Contract
 from rmsearch.models.folder import PACKAGED_NAMES, ModelFolder, open_model
@@ -32,31 +37,30 @@ from rmsearch.models.resolve import resolve_contract
 from rmsearch.prompts.renderer import Renderer, Template
 from rmsearch.storage.uri import is_s3
 
-if TYPE_CHECKING:
-    from rmsearch.engines.generation import TextGenerator
-    from rmsearch.engines.server import Server
-
 LOCAL_OPTIONS = {"device"}  # of the transformers engine
 SERVER_OPTIONS = {"model", "timeout_s", "attempts"}
 
 
 def scorer(
-    name: str, options: EngineOptions, *, lora: str | None, template: str | Template | None, max_length: int | None
+    name: str, given: dict[str, Any], *, lora: str | None, template: str | Template | None, max_length: int | None
 ) -> PairScorer:
     """The scorer that ``load_scorer`` returns."""
+    options = engine_options(**given)
     if options.engine == "http":
         return http_scorer(name, options, lora=lora, template=template, max_length=max_length)
     reward = open_reward(name, lora, template, max_length)
     return vllm_scorer(reward, options) if options.engine == "vllm" else transformers_scorer(reward, options)
 
 
-def embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def embedder(name: str, given: dict[str, Any], spec: dict[str, Any]) -> TextEmbedder:
     """The embedder that ``load_embedder`` returns."""
-    return http_embedder(name, options, wishes) if options.engine == "http" else local_embedder(name, options, wishes)
+    options = engine_options(**given)
+    return http_embedder(name, options, spec) if options.engine == "http" else local_embedder(name, options, spec)
 
 
-def generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
+def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextGenerator:
     """The generator that ``load_generator`` returns."""
+    options = engine_options(**given)
     return http_generator(name, options) if options.engine == "http" else local_generator(name, options, max_length)
 
 
@@ -99,8 +103,6 @@ def vllm_scorer(reward: RewardModel, options: EngineOptions) -> PairScorer:
 
     vLLM knows LoRA for decoders only, and needs a base that has a head.
     """
-    from rmsearch.engines.vllm import scoring_engine
-
     folder, adapter, contract = reward.folder, reward.adapter, reward.contract
     if adapter is not None and not (contract.pooling == "last" and folder.has_head):
         merged = merged_folder(folder, adapter, lambda: reward.load(dtype=contract.dtype, device="cpu"))
@@ -117,8 +119,6 @@ def is_local(name: str) -> bool:
 
 
 def _connect(options: EngineOptions) -> Server:
-    from rmsearch.engines.server import Server
-
     assert options.base_url is not None, "pick_engine asks for one"
     settings = {name: value for name, value in options.extra.items() if name in ("timeout_s", "attempts")}
     return Server(options.base_url, concurrency=options.concurrency, **settings)
@@ -126,8 +126,6 @@ def _connect(options: EngineOptions) -> Server:
 
 def _connect_to_model(options: EngineOptions, model: str | None, max_length: int | None) -> tuple[Server, str | None]:
     """The server and its name for the model; see `rmsearch.engines.server.served_model`."""
-    from rmsearch.engines.server import served_model
-
     server = _connect(options)
     try:
         return server, served_model(server, model, max_length)
@@ -145,8 +143,6 @@ def http_scorer(
     texts cut to its length. Any other name is the server's own, and gets texts; without one the server's only model is
     meant.
     """
-    from rmsearch.engines.http import HTTPScoring, TextRenderer
-
     extra = options.extra_of(SERVER_OPTIONS | {"route"})
     model, route = extra.get("model"), extra.get("route", "auto")
     if route not in ("auto", "classify", "score", "rerank"):
@@ -196,8 +192,6 @@ def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) ->
     spec = resolve_embedding(folder, **wishes)
     inputs = TokenInputs(folder.tokenizer, spec.max_length)
     if options.engine == "vllm":
-        from rmsearch.engines.vllm import embedding_engine
-
         stored, arguments = folder.facts.dtype, options.vllm_arguments()
         backend = embedding_engine(folder.path, spec, dtype=options.dtype, stored=stored, arguments=arguments)
         return TextEmbedder(backend, inputs, spec)
@@ -209,8 +203,6 @@ def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) ->
 
 def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
     """An embedder behind /v1/embeddings: ids for a model whose folder is here too, else texts."""
-    from rmsearch.engines.http import HTTPEmbedding
-
     model = options.extra_of(SERVER_OPTIONS).get("model")
     inputs: TokenInputs | TextInputs
     if is_local(name):
@@ -227,14 +219,10 @@ def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> 
 
 def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
-    from rmsearch.engines.generation import TextGenerator
-    from rmsearch.engines.transformers import TransformersGeneration
 
     require_torch()
     folder = ModelFolder.open(name)
     if options.engine == "vllm":
-        from rmsearch.engines.vllm import VLLMGeneration, generating_engine
-
         stored, arguments = folder.facts.dtype, options.vllm_arguments()
         how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
         return TextGenerator(
@@ -246,8 +234,5 @@ def local_generator(name: str, options: EngineOptions, max_length: int | None) -
 
 def http_generator(name: str, options: EngineOptions) -> TextGenerator:
     """A generator behind /v1/chat/completions."""
-    from rmsearch.engines.generation import TextGenerator
-    from rmsearch.engines.http import HTTPGeneration
-
     model = options.extra_of(SERVER_OPTIONS).get("model") or name
     return TextGenerator(HTTPGeneration(_connect(options), model))
