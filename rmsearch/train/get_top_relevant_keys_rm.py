@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pydantic import model_validator
-
 from rmsearch.cli import main
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
@@ -21,7 +19,7 @@ from rmsearch.retrieval.corpus_search import (
 )
 from rmsearch.retrieval.rescoring import Pairs, candidate_pairs, score_pairs
 from rmsearch.scoring.timed import count_scores
-from rmsearch.stage import Run, ignored, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
 
@@ -44,18 +42,6 @@ class RewardKeysConfig(RetrievalFlags):
     request_batch_size: int = tuning(128, "Scored pairs that are saved at a time.", ge=1)
     timeout: float = tuning(10000, "Seconds without any score after which to give up.", gt=0)
     checkpoint: str | None = tuning(None, "Where scores are saved as they come; by default beside the output.")
-    tag_tree: str | None = option(None, "Not there yet: routing by a tag tree. Use --candidates.")
-    tag2key_out: str | None = ignored(None, "belongs to --tag-tree.")
-    k_tag: int = ignored(2, "belongs to --tag-tree.")
-
-    @model_validator(mode="after")
-    def _no_tag_tree(self) -> RewardKeysConfig:
-        if self.tag_tree is not None:
-            raise ValueError(
-                "routing by a tag tree is not there yet; leave it away and narrow the keys down with --candidates, the "
-                "output of get_top_relevant_keys_embed"
-            )
-        return self
 
 
 NEXT = (
