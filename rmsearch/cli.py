@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from pydantic import ValidationError
 
 from rmsearch import __version__
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RMSearchError
+from rmsearch.interrupts import STOPPED, run_stoppably
 from rmsearch.stage import Stage, StageConfig, execute, explain_validation
 from rmsearch.storage import uri
 
@@ -231,18 +231,13 @@ def _parsed(app: App, arguments: Sequence[str], where: str) -> Any:
 
 def exit_code_of(action: Callable[[], None]) -> int:
     """Run an action as a command: errors of ours become one line on stderr and their exit code."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    signal.signal(signal.SIGTERM, stop)  # pods are stopped with SIGTERM: same way out as Ctrl-C
     try:
-        action()
+        run_stoppably(action)
     except RMSearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt:  # of a training that saved its state
+        print(STOPPED, file=sys.stderr)
         return EXIT_RETRY
     except BrokenPipeError:
         with contextlib.suppress(OSError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rmsearch.datasets.beir import Beir, load_beir
+from rmsearch.datasets.beir import MISSING_SHARE, Beir, load_beir
 from rmsearch.datasets.download import ensure_downloaded
-from rmsearch.stage import Run, StageConfig, model, option, source, tuning
+from rmsearch.stage import Run, StageConfig, added, model, option, source, tuning
 from rmsearch.storage import uri as storage
 
 
@@ -32,17 +32,37 @@ class DatasetFlags(QrelsFlags):
     queries: str | None = source(None, "Queries file (jsonl, csv, parquet; _id, text) in place of the data set's.")
     corpus: str | None = source(None, "Corpus file (_id, title, text) in place of the data set's.")
 
+    max_missing_share: float = added(
+        MISSING_SHARE,
+        "Fail when more than this share of the qrels' lines names keys that the corpus lacks. Up to it they stay "
+        "relevant and are never found, as in trec_eval.",
+        ge=0,
+        le=1,
+    )
+
     def load(self, split: str | None = None) -> Beir:
         """The split (by default the one of the flag)."""
         return load_beir(
-            self.dataset_path, split or self.split, queries=self.queries, corpus=self.corpus, qrels=self.qrels
+            self.dataset_path,
+            split or self.split,
+            queries=self.queries,
+            corpus=self.corpus,
+            qrels=self.qrels,
+            max_missing_share=self.max_missing_share,
         )
 
 
 def note_dataset(run: Run, beir: Beir) -> None:
     """Put the data set's name, split, sizes and content digests into the run record."""
+    count_missing_keys(run, beir)
     sizes = {"queries": len(beir.queries), "keys": len(beir.corpus)}
     run.note(dataset={"name": beir.name, "split": beir.split, **sizes, "digests": beir.digests})
+
+
+def count_missing_keys(run: Run, beir: Beir) -> None:
+    """Count the judged pairs whose key the corpus lacks."""
+    if beir.missing_keys:
+        run.counts["missing_keys"] = beir.missing_keys
 
 
 class EngineFlags(StageConfig):

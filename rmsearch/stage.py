@@ -58,6 +58,12 @@ def tuning(default: Any = ..., help: str = "", **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"role": "tuning"}, **limits)
 
 
+def added(default: Any = ..., help: str = "", **limits: Any) -> Any:
+    """A plain flag that came after outputs were made without it: it enters the fingerprint only when it is not at its
+    default, so that those outputs stay up to date."""
+    return Field(default, description=help, json_schema_extra={"role": "added"}, **limits)
+
+
 def ignored(default: Any = ..., help: str = "") -> Any:
     """A flag of upstream that has no effect here, accepted so that documented commands run."""
     return Field(
@@ -82,7 +88,7 @@ ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
 def fields_with_role(config: type[StageConfig], role: str) -> list[str]:
-    """Names of the config's fields with that role: source, model, target or tuning."""
+    """Names of the config's fields with that role: source, model, target, tuning or added."""
     return [
         n
         for n, f in config.model_fields.items()
@@ -221,6 +227,7 @@ def _check_overwriting(stage: Stage[Any], config: StageConfig, outputs: dict[str
 
 def _fingerprint(name: str, config: StageConfig, digests: dict[str, str]) -> str:
     skip = {*fields_with_role(type(config), "tuning"), *fields_with_role(type(config), "target")}
+    skip |= {n for n in fields_with_role(type(config), "added") if getattr(config, n) == config.model_fields[n].default}
     facts = {
         "stage": name,
         "version": __version__,

@@ -2,7 +2,8 @@
 
 Layouts: BEIR's own (``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``) and that of the HF hub (parquet
 folders ``corpus/``, ``queries/`` and ``qrels/`` or ``default/``, or qrels as jsonl); every file may be .gz. Ids stay
-the text that the data has. Malformed rows, duplicate ids and qrels that name unknown ids are errors at ``file:row``.
+the text that the data has. Malformed rows, duplicate ids and qrels of unknown queries are errors at ``file:row``. A key
+of the qrels that the corpus lacks stays relevant and can never be found, as in trec_eval.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import NamedTuple
 from rmsearch.datasets.download import ensure_downloaded
 from rmsearch.datasets.sources import Files, Row, ZipFiles, folder_files, lines, one_file, rows
 from rmsearch.errors import ConfigError, InputMissingError, RecordError
+from rmsearch.progress import say
 from rmsearch.storage import uri as storage
 
 PACKAGED = {"demo": Path(__file__).parent / "demo"}
 QRELS_HEADER = ("query-id", "corpus-id", "score")
+MISSING_SHARE = 0.02  # of the qrels' lines, whose keys the corpus may lack
 _SUFFIXES = r"\.(jsonl|json|parquet|csv)(\.gz)?"
 
 
@@ -54,8 +57,22 @@ class Beir:
     unjudged: frozenset[str] = field(default=frozenset(), repr=False)
 
     def positives(self, query_id: str) -> list[str]:
-        """Ids of the relevant keys (grade > 0) of a query, sorted."""
+        """Ids of a query's relevant keys (grade > 0) that are in the corpus, sorted."""
+        return [key for key in self.relevant(query_id) if key in self.corpus]
+
+    def relevant(self, query_id: str) -> list[str]:
+        """Ids of all its relevant keys, sorted; the corpus may lack some (see `missing_keys`)."""
         return sorted(key for key, grade in self.qrels.get(query_id, {}).items() if grade > 0)
+
+    @property
+    def reachable(self) -> dict[str, dict[str, int]]:
+        """The qrels without the keys that the corpus lacks."""
+        return {query: {k: g for k, g in keys.items() if k in self.corpus} for query, keys in self.qrels.items()}
+
+    @cached_property
+    def missing_keys(self) -> int:
+        """Number of judged (query, key) pairs whose key is not in the corpus."""
+        return sum(key not in self.corpus for judged in self.qrels.values() for key in judged)
 
     def key_text(self, key_id: str) -> str:
         return self.corpus[key_id].key
@@ -79,12 +96,14 @@ def load_beir(
     corpus: str | None = None,
     qrels: str | None = None,
     all_queries: bool = False,
+    max_missing_share: float = MISSING_SHARE,
 ) -> Beir:
     """Load one split.
 
     ``dataset``: a folder, .zip, ``s3://`` prefix or zip, "demo" (packaged), or the name of a published BEIR set, which
     is downloaded. ``queries``, ``corpus`` and ``qrels`` name single files and take precedence. Without any qrels (both
     other files given, no data set) all queries are taken. ``all_queries`` keeps queries the split does not judge.
+    ``max_missing_share``: the share of the qrels' lines that may name keys that the corpus lacks; they are warned of.
 
     Raises InputMissingError, RecordError (``file:row``), ConfigError, RetryableError (the download).
     """
@@ -96,7 +115,8 @@ def load_beir(
     name = storage.name(dataset or queries or "").removesuffix(".zip")
     if not (qrels or files):
         return Beir(name, split, texts, documents, {})
-    judged = read_qrels(qrels, texts, documents) if qrels else _split_qrels(files, split, texts, documents)
+    places = [one_file(qrels)] if qrels else _split_places(files, split)
+    judged = _qrels(places, texts, documents, max_missing_share)
     unjudged = frozenset(texts.keys() - judged.keys())
     if not all_queries:
         texts = {query: text for query, text in texts.items() if query in judged}
@@ -118,17 +138,39 @@ def open_dataset(dataset: str) -> Files:
     raise ConfigError("is neither a folder nor a .zip", where=dataset, remedy="Give a folder, a .zip, or a BEIR name")
 
 
-def read_qrels(
-    place: str, queries: Iterable[str] | None = None, corpus: Iterable[str] | None = None
-) -> dict[str, dict[str, int]]:
+def read_qrels(place: str) -> dict[str, dict[str, int]]:
     """A qrels file of its own: BEIR's three columns, TREC's four (``query 0 key grade``), jsonl, csv or parquet."""
-    files, name = one_file(place)
-    return _qrels([(files, name)], queries, corpus)
+    return _qrels([one_file(place)])
 
 
 def split_qrels(dataset: str, split: str) -> dict[str, dict[str, int]]:
     """Only the qrels of a split; the ids are not checked against queries and corpus."""
-    return _split_qrels(open_dataset(dataset), split, None, None)
+    return _qrels(_split_places(open_dataset(dataset), split))
+
+
+def in_corpus(
+    qrels: Mapping[str, Mapping[str, int]], corpus: Callable[[str], bool], max_missing_share: float, where: str | None
+) -> dict[str, dict[str, int]]:
+    """The qrels without the keys for which ``corpus(key)`` is false: for qrels that were read without a corpus.
+
+    Warns of them. Raises RecordError when they are more than the allowed share.
+    """
+    kept = {query: {key: grade for key, grade in keys.items() if corpus(key)} for query, keys in qrels.items()}
+    missing = [key for query, keys in qrels.items() for key in keys if key not in kept[query]]
+    if missing:
+        _allow_missing(missing[0], len(missing), sum(map(len, qrels.values())), max_missing_share, where, where)
+    return kept
+
+
+def _allow_missing(key: str, count: int, total: int, most: float, place: str | None, first: str | None) -> None:
+    """Warn of keys that the corpus lacks. RecordError, at the first one's row, when they are too many."""
+    share = f"{count} of {total} qrels lines ({count / total:.2%})"
+    if count > most * total:
+        problem = f"the key id {key!r} is not in the corpus, and so it is with {share}"
+        remedy = f"Give the corpus of these qrels, or allow more with --max-missing-share (now {most:g})"
+        raise RecordError(problem, where=first, remedy=remedy)
+    effect = "relevant and never found, as in trec_eval"
+    say("warning", qrels=place, missing=f"{share} name keys that the corpus lacks", counted_as=effect)
 
 
 def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files, str]]:
@@ -149,9 +191,8 @@ def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files
     return [(files, name) for name in (flat[:1] or found)]
 
 
-def _split_qrels(
-    files: Files | None, split: str, queries: Iterable[str] | None, corpus: Iterable[str] | None
-) -> dict[str, dict[str, int]]:
+def _split_places(files: Files | None, split: str) -> list[tuple[Files, str]]:
+    """The files that hold the qrels of a split."""
     assert files is not None
     of_a_split = re.compile(rf"(qrels|default|data)/(?P<split>[^/]+?)(-\d+-of-\d+)?({_SUFFIXES}|\.tsv(\.gz)?)")
     found = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
@@ -161,7 +202,7 @@ def _split_qrels(
             f"has no qrels for the split {split!r}", where=files.place, remedy=f"Splits there: {splits}"
         )
     tsv = [name for name in names if ".tsv" in name]
-    return _qrels([(files, name) for name in (tsv[:1] or names)], queries, corpus)
+    return [(files, name) for name in (tsv[:1] or names)]
 
 
 def _queries(places: list[tuple[Files, str]]) -> Iterator[tuple[str, str]]:
@@ -191,23 +232,28 @@ def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[Row, str]]:
 
 
 def _qrels(
-    places: list[tuple[Files, str]], queries: Iterable[str] | None, corpus: Iterable[str] | None
+    places: list[tuple[Files, str]],
+    queries: Container[str] | None = None,
+    corpus: Container[str] | None = None,
+    max_missing_share: float = MISSING_SHARE,
 ) -> dict[str, dict[str, int]]:
-    known_queries, known_keys = (
-        None if ids is None else ids if isinstance(ids, dict) else set(ids) for ids in (queries, corpus)
-    )
     judged: dict[str, dict[str, int]] = {}
+    total, missing, first = 0, 0, ("", "")
     for files, name in places:
         for row in _qrel_rows(files, name):
             query, key, grade = row.text("query-id"), row.text("corpus-id"), _grade(row)
-            if known_queries is not None and query not in known_queries:
+            total += 1
+            if queries is not None and query not in queries:
                 raise row.error(f"the query id {query!r} is not in the queries")
-            if known_keys is not None and key not in known_keys:
-                raise row.error(f"the key id {key!r} is not in the corpus")
+            if corpus is not None and key not in corpus:
+                missing, first = missing + 1, first if missing else (key, row.where)
             if judged.setdefault(query, {}).setdefault(key, grade) != grade:
                 raise row.error(f"query {query!r} and key {key!r} come twice with different scores")
+    shown = places[0][0].shown(places[0][1])
     if not judged:
-        raise RecordError("the split is empty: no judged pairs", where=places[0][0].shown(places[0][1]))
+        raise RecordError("the split is empty: no judged pairs", where=shown)
+    if missing:
+        _allow_missing(first[0], missing, total, max_missing_share, shown, first[1])
     return judged
 
 

@@ -11,9 +11,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: the package is 
 from rmsearch.cli import main
 from rmsearch.datasets.beir import read_qrels, split_qrels
 from rmsearch.errors import ConfigError
-from rmsearch.metrics.comparison import PRIMARY, RunFlags, evaluated, load_runs
-from rmsearch.metrics.measures import Qrels
+from rmsearch.metrics.measures import PRIMARY, Qrels
 from rmsearch.metrics.table import show_table
+from rmsearch.retrieval.compared_runs import RunFlags, evaluated, load_runs
 from rmsearch.stage import Run, stage, target
 from rmsearch.storage.records import read_json, write_json
 

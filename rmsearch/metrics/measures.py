@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rmsearch.errors import ConfigError, MissingExtraError
-from rmsearch.retrieval.runs import Run
-
-if TYPE_CHECKING:
-    import numpy as np
 
 CUTOFFS = (1, 3, 5, 10, 20, 100)
 FAMILIES = ("nDCG", "AP", "RR", "R", "P")
 MEASURES = tuple(f"{family}@{k}" for family in FAMILIES for k in CUTOFFS)
+PRIMARY = "nDCG@10"
 Qrels = Mapping[str, Mapping[str, int]]
+Ranking = Mapping[str, Mapping[str, float]]  # a run: query id -> key id -> score, best first
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,11 @@ class Scores:
         return float(self.values[measure].mean())
 
 
-def evaluate(qrels: Qrels, run: Run, measures: Sequence[str] = MEASURES) -> Scores:
+def evaluate(qrels: Qrels, run: Ranking, measures: Sequence[str] = MEASURES) -> Scores:
     """Per-query values of the measures (``nDCG@10``, ``AP@100``, ``RR@10``, ``R@100``, ``P@5``; any cut-off).
 
     Raises ConfigError for an unknown measure or qrels without queries, MissingExtraError without ir-measures.
     """
-    import numpy as np
-
     try:
         import ir_measures
     except ImportError:
@@ -64,7 +61,7 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str] = MEASURES) -> Scor
     return Scores(query_ids, values, [query for query in query_ids if query not in found])
 
 
-def ndcg(qrels: Qrels, run: Run, k: int = 10) -> float:
+def ndcg(qrels: Qrels, run: Ranking, k: int = 10) -> float:
     """Mean nDCG@k."""
     return evaluate(qrels, run, [f"nDCG@{k}"]).mean(f"nDCG@{k}")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rmsearch.metrics.measures import PRIMARY
 from rmsearch.progress import say
 
 SHOWN = ("nDCG@1", "nDCG@5", "nDCG@100", "AP@100", "RR@10", "R@10", "R@100", "P@10")
-PRIMARY = "nDCG@10"
 
 
 def p_text(p: float) -> str:

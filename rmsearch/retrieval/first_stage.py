@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from rmsearch.datasets.beir import Beir
+from rmsearch.metrics.measures import Ranking
 from rmsearch.retrieval.runs import short, write_run
 from rmsearch.storage.records import write_records
-
-Ranking = Mapping[str, Mapping[str, float]]
 
 
 def write_outputs(beir: Beir, ranking: Ranking, output: str, output_eval: str, run_file: str | None, tag: str) -> None:
@@ -28,7 +29,7 @@ def _records(beir: Beir, ranking: Ranking) -> Iterator[dict[str, Any]]:
             "key_ids": list(scores),
             "embed_relevances": list(scores.values()),
         }
-        if positives := beir.positives(query):  # left out when there are none, as upstream does
+        if positives := beir.relevant(query):  # left out when there are none, as upstream does
             record["positive_key_ids"] = positives
         yield record
 
@@ -37,6 +38,17 @@ def self_positions(query_ids: list[str], key_ids: list[str]) -> list[int]:
     """For each query the position of the key with its own id, or -1: such a key is the query itself (ArguAna)."""
     position = {key: i for i, key in enumerate(key_ids)}
     return [position.get(query, -1) for query in query_ids]
+
+
+def best_positions(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the ``count`` best finite scores, best first, ties by position."""
+    if count < len(scores):
+        lowest = np.partition(scores, -count)[-count]
+        candidates = np.flatnonzero(scores >= lowest)
+    else:
+        candidates = np.arange(len(scores))
+    candidates = candidates[np.isfinite(scores[candidates])]
+    return candidates[np.lexsort((candidates, -scores[candidates]))][:count]
 
 
 def rankings(query_ids: list[str], key_ids: list[str], keys: Any, scores: Any) -> dict[str, dict[str, float]]:

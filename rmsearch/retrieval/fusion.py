@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rmsearch.errors import ConfigError
-from rmsearch.metrics.measures import Qrels, ndcg
-from rmsearch.retrieval.runs import Run, ordered
+from rmsearch.metrics.measures import Qrels, Ranking, ndcg
+from rmsearch.retrieval.runs import ordered
 
 Method = Literal["zscore", "minmax"]
 WEIGHTS = tuple(round(0.05 * i, 2) for i in range(21))
@@ -48,7 +48,7 @@ class Fit:
     curve: dict[float, float]
 
 
-def fit_weight(qrels: Qrels, first: Run, second: Run, method: Method) -> Fit:
+def fit_weight(qrels: Qrels, first: Ranking, second: Ranking, method: Method) -> Fit:
     """Try `WEIGHTS` on a development split; of equals the one nearest to an even mix wins."""
     curve = {}
     for weight in WEIGHTS:

@@ -12,6 +12,8 @@ import numpy as np
 
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
+from rmsearch.retrieval.bm25 import splitter
+from rmsearch.retrieval.first_stage import best_positions
 
 if TYPE_CHECKING:
     from rmsearch.stage import Run
@@ -81,9 +83,7 @@ class Bm25Ranker:
     name = "bm25"
 
     def __init__(self, beir: Beir) -> None:
-        from rmsearch.evaluation.bm25 import _splitter
-
-        self._split = _splitter("english", "en")
+        self._split = splitter("english", "en")
         keys = self._split(beir.key_text(key) for key in sorted(beir.corpus))
         asked = self._split(beir.queries.values())
         self._asked = dict(zip(beir.queries, asked, strict=True))
@@ -186,17 +186,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     """Rows of length 1; rows of (almost) nothing become 0."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.where(length > 1e-4, vectors / np.maximum(length, 1e-9), 0).astype(np.float32)
-
-
-def best_positions(scores: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the ``count`` best finite scores, best first, ties by position."""
-    if count < len(scores):
-        lowest = np.partition(scores, -count)[-count]
-        candidates = np.flatnonzero(scores >= lowest)
-    else:
-        candidates = np.arange(len(scores))
-    candidates = candidates[np.isfinite(scores[candidates])]
-    return candidates[np.lexsort((candidates, -scores[candidates]))][:count]
 
 
 def places(names: Sequence[str]) -> dict[str, int]:

@@ -18,7 +18,6 @@ from rmsearch.errors import ConfigError, RecordError
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import read_json, read_models, read_records, suffix_of, write_json
 
-Run = Mapping[str, Mapping[str, float]]
 TREC_SUFFIX = re.compile(r"\.(trec|run|txt)(\.gz)?$", re.IGNORECASE)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
 from rmsearch.prompts.templates import Order
-from rmsearch.stage import StageConfig, ignored, model, option, source, target, tuning
+from rmsearch.stage import StageConfig, fields_with_role, ignored, model, option, source, target, tuning
 from rmsearch.trainer.losses import Loss
 
 
@@ -67,7 +67,9 @@ class TrainingConfig(StageConfig):
     )
     train_embeddings: bool = option(True, "With --lora-r 0: train the embeddings too.")
     dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "bf16: forward and backward in bfloat16 autocast; auto: bf16 where the machine is fast at it."
+        "auto",
+        "bf16: forward and backward in bfloat16 autocast, a bfloat16 base kept so under LoRA; auto: bf16 where the "
+        "machine is fast at it (and the base kept so on a GPU).",
     )
     gradient_checkpointing: bool = tuning(False, "Recompute activations: less memory, about 30 % slower.")
     seed: int = option(42, "Of the order of pairs, new weights and dropout.", ge=0)
@@ -100,3 +102,8 @@ class TrainingConfig(StageConfig):
         if self.lora_r:
             return 5e-4 if encoder else 1e-4
         return 5e-5 if encoder else 1e-5
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        skipped = {*fields_with_role(type(self), "tuning"), *fields_with_role(type(self), "target")}
+        return self.model_dump(mode="json", exclude=skipped)

@@ -19,9 +19,10 @@ from tiny_sets import write_beir
 from rmsearch.cli import run_command
 from rmsearch.datasets.beir import Beir, Document, load_beir
 from rmsearch.errors import ConfigError, RecordError
-from rmsearch.evaluation.bm25 import bm25, rank
+from rmsearch.evaluation.bm25 import bm25
 from rmsearch.evaluation.embed import embed
 from rmsearch.metrics.measures import ndcg
+from rmsearch.retrieval.bm25 import rank_bm25
 from rmsearch.retrieval.runs import read_candidates, read_run
 from rmsearch.retrieval.vectors import ExactSearch, product
 from rmsearch.stage import execute
@@ -219,7 +220,7 @@ def documents(**texts: str) -> dict[str, Document]:
 def test_bm25_against_the_formula() -> None:
     corpus = documents(a="cat cat dog", b="cat bird bird bird", c="fish", d="horse cow")
     beir = Beir("x", "test", {"1": "cats and the dogs", "2": "unheard"}, corpus, {"1": {"a": 1}})
-    found = rank(beir, 10, k1=1.2, b=0.75)
+    found = rank_bm25(beir, 10, k1=1.2, b=0.75)
 
     def weight(count: int, length: int, having: int) -> float:
         idf = np.log(1 + (4 - having + 0.5) / (having + 0.5))
@@ -228,14 +229,14 @@ def test_bm25_against_the_formula() -> None:
     assert found["2"] == {}
     assert found["1"] == pytest.approx({"a": weight(2, 3, 2) + weight(1, 3, 1), "b": weight(1, 4, 2)}, rel=1e-5)
     assert list(found["1"]) == ["a", "b"], "stemmed: cats finds cat; stop words find nothing"
-    assert rank(beir, 10, stemmer="none", stopwords="none")["1"] == {}
+    assert rank_bm25(beir, 10, stemmer="none", stopwords="none")["1"] == {}
 
 
 def test_bm25_ties_by_id_and_empty_corpora() -> None:
     beir = Beir("x", "test", {"1": "cat"}, documents(z="cat", b="cat", m="cat", o="dog"), {"1": {"z": 1}})
-    assert list(rank(beir, 2)["1"]) == ["b", "m"]
+    assert list(rank_bm25(beir, 2)["1"]) == ["b", "m"]
     empty = Beir("x", "test", {"1": "cat"}, documents(a="", b="the"), {"1": {"a": 1}})
-    assert rank(empty, 5) == {"1": {}}
+    assert rank_bm25(empty, 5) == {"1": {}}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,11 @@ def encoder(tmp_path: Path) -> str:
     return str(tiny_models.bert_cross_encoder(tmp_path / "base", seed=SEED))
 
 
-def scores(folder: Path | str, rows: list[dict[str, Any]]) -> np.ndarray:
+def scores(folder: Path | str, rows: list[dict[str, Any]], **options: Any) -> np.ndarray:
     """Rewards of chosen and rejected keys, float32[n, 2], through our own loader."""
     from rmsearch.engines import load_scorer
 
-    scorer = load_scorer(str(folder), engine="transformers")
+    scorer = load_scorer(str(folder), engine="transformers", **options)
     pairs = [(row["query"], row[key]) for row in rows for key in ("chosen_key", "rejected_key")]
     found = asyncio.run(scorer.score(pairs))
     scorer.close_sync()
@@ -120,6 +122,32 @@ def test_decoders_train_and_export(files: dict[str, Any], family: str, tmp_path:
     assert adapter["layers_to_transform"] == [1] and "score" in adapter["modules_to_save"]
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_bfloat16_base_trains_exports_and_goes_on(files: dict[str, Any], family: str, tmp_path: Path) -> None:
+    from rmsearch.trainer import export
+
+    base, out = tmp_path / "base", tmp_path / "model"
+    if family == "bert":
+        tiny_models.bert_cross_encoder(base, dtype="bfloat16")
+    else:
+        tiny_models.decoder_reward_model(base, family, dtype="bfloat16")
+    options = {**files, "model_name": str(base), "output_dir": str(out), **FAST, "dtype": "bf16", "max_steps": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "save_model_folder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute(lora, **options)
+    run = execute(lora, **options)
+    assert run.notes["resumed_at_step"] == 2 == run.counts["steps"]
+    contract = read_contract(out)
+    assert contract is not None and contract.dtype == "bfloat16"
+    assert {str(weight.dtype) for weight in weights(out).values()} == {"torch.bfloat16"}
+    rows = pair_sets.pairs(6, seed=1)
+    exported = scores(out, rows, dtype="bfloat16")
+    assert exported.std() > 0.25
+    assert np.allclose(scores(out / "adapter", rows, dtype="bfloat16"), exported, atol=0.05)
+    assert np.allclose(scores(out, rows), exported, atol=0.15)  # in float32
+
+
 def test_a_sentence_encoder_gets_a_new_head_and_all_weights_can_train(files: dict[str, Any], tmp_path: Path) -> None:
     base = tiny_models.sentence_encoder(tmp_path / "sentence")
     out = tmp_path / "model"
@@ -132,6 +160,27 @@ def test_a_sentence_encoder_gets_a_new_head_and_all_weights_can_train(files: dic
 
 def weights_of_base(folder: Path) -> Any:
     return next(value for name, value in weights(folder).items() if name.endswith("word_embeddings.weight"))
+
+
+def test_one_training_reads_each_file_of_the_base_once(
+    files: dict[str, Any], encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rmsearch.models import folder
+
+    reads = Counter[str]()
+
+    def counted(name: str, real: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def read(path: Path) -> Any:
+            if Path(encoder) in (path, path.parent):
+                reads[f"{name} {path.name}"] += 1
+            return real(path)
+
+        return read
+
+    for name in ("load_json", "read_contract", "_tensor_names"):
+        monkeypatch.setattr(folder, name, counted(name, getattr(folder, name)))
+    execute(lora, model_name=encoder, output_dir=str(tmp_path / "model"), **files, **(FAST | {"max_steps": 1}))
+    assert reads["load_json config.json"] == 1 and set(reads.values()) == {1}, reads
 
 
 def test_a_useless_training_says_so(
@@ -160,16 +209,16 @@ def test_dev_ndcg_chooses_the_checkpoint(files: dict[str, Any], encoder: str, tm
 
 
 def test_the_best_step_is_exported_not_the_last(files: dict[str, Any], encoder: str, tmp_path: Path) -> None:
-    from rmsearch.trainer import loop
+    from rmsearch.trainer.evaluation import Evaluation
 
-    real = loop.Evaluation.measure
+    real = Evaluation.measure
 
     def better_early(self: Any, score: Any, margin_scale: float) -> dict[str, float]:
         found = real(self, score, margin_scale)
         return found | {"eval_accuracy": 1.0 if len(self.history) == 1 else 0.1}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Evaluation, "measure", better_early)
+        patch.setattr(Evaluation, "measure", better_early)
         best = execute(lora, model_name=encoder, output_dir=str(tmp_path / "best"), **files, **FAST)
     assert best.counts["kept_step"] == 10 and best.counts["steps"] == 32
     rows = pair_sets.pairs(4, seed=1)
@@ -282,7 +331,7 @@ def test_checkpoints_and_model_live_on_s3(
 
 
 def test_a_run_killed_while_exporting_only_exports(files: dict[str, Any], encoder: str, tmp_path: Path) -> None:
-    from rmsearch.trainer import fit
+    from rmsearch.trainer import export
 
     out, options = tmp_path / "model", FAST | {"max_steps": 10}
 
@@ -290,7 +339,7 @@ def test_a_run_killed_while_exporting_only_exports(files: dict[str, Any], encode
         raise RuntimeError("crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "export_outcome", fail)
+        patch.setattr(export, "export_model", fail)
         with pytest.raises(RuntimeError, match="crash"):
             execute(lora, model_name=encoder, output_dir=str(out), **files, **options)
     run = execute(lora, model_name=encoder, output_dir=str(out), **files, **options)
