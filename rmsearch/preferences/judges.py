@@ -16,7 +16,7 @@ from rmsearch.stage import Run
 
 if TYPE_CHECKING:
     from rmsearch.engines import Scorer
-    from rmsearch.preferences.judging import JudgeFlags
+    from rmsearch.preferences.judge_flags import JudgeFlags
     from rmsearch.storage.journal import Journal
 
 CHOICE_TOKENS = 8  # room that is left for an answer held to CHOICES
