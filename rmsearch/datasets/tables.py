@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -181,8 +182,6 @@ def _cell(value: Any) -> str:
 
 def _describe(folder: Path, split: str, schema: Any, fingerprint: str) -> None:
     """The JSON files that `datasets.load_from_disk` reads."""
-    from dataclasses import asdict
-
     from datasets import DatasetInfo, Features
 
     state: dict[str, Any] = {

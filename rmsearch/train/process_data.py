@@ -15,6 +15,7 @@ from rmsearch.datasets.tables import TableRow, TableWriter, plain_values, whole_
 from rmsearch.errors import ConfigError, InputMissingError, RecordError, RMSearchError
 from rmsearch.stage import Run, StageConfig, main, option, source, stage, target
 from rmsearch.storage import uri as storage
+from rmsearch.storage.records import read_json
 
 
 class ProcessDataConfig(StageConfig):
@@ -33,7 +34,7 @@ class ProcessDataConfig(StageConfig):
         "data without --stream; of a stream it is datasets' own shuffle buffer of 10,000 rows, cut after so many.",
         ge=1,
     )
-    random_seed: int = option(42, "Of all choices; the same seed gives the same files.", ge=0)
+    random_seed: int = option(42, "Seed of the random draws; the same seed gives the same files.", ge=0)
     stream: bool = option(False, "Read the hub data set as it downloads. (Files are always streamed.)")
     text_column: str = option("text", "Column that becomes `text`.")
     id_column: str | None = option(
@@ -84,8 +85,6 @@ def process_data(config: ProcessDataConfig, run: Run) -> None:
 
 def _former(config: ProcessDataConfig) -> dict[str, Any] | None:
     """The run record of the last time."""
-    from rmsearch.storage.records import read_json
-
     place = f"{config.output_dir.rstrip('/')}.run.json"
     if not storage.exists(place):
         return None
