@@ -15,7 +15,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -261,12 +261,12 @@ class Search:
 
     # ---- life time
 
-    async def start(self) -> Search:
+    async def start(self) -> Self:
         """Load the model now rather than at the first search."""
         await self._engine.call(_nothing)
         return self
 
-    async def __aenter__(self) -> Search:
+    async def __aenter__(self) -> Self:
         return await self.start()
 
     async def __aexit__(
