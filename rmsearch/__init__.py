@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rmsearch.rm_trainer import RMTrainer as RMTrainer
     from rmsearch.search import Search as Search
 
-_HOMES = {"Search": "rmsearch.search", "RMTrainer": "rmsearch.rm_trainer"}
+_HOMES = {"Search": "rmsearch.rmsearch", "RMTrainer": "rmsearch.rm_trainer"}
 __all__ = ["RMTrainer", "Search", "__version__"]
 
 

@@ -31,6 +31,17 @@ def free_cores() -> Cores:
     return min(found, key=lambda each: each.number)
 
 
+def use_free_cores() -> None:
+    """Let torch and the tokenizers have no more threads than cores are free to this process: more would only wait for
+    each other. Fewer, where the program chose so, stay."""
+    import torch
+
+    cores = free_cores().number
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
+    if cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
+
+
 def _quotas() -> Iterator[tuple[float, Path]]:
     """(cores, file) of each quota that holds for the process: its cgroups' and those above them, versions 1 and 2."""
     try:

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError, InputMissingError, RetryableError, RMSearchError
 from rmsearch.machine import Line, machine_lines, package_lines, torch_lines
 from rmsearch.models.folder import ADAPTER_FILE, PACKAGED, PACKAGED_NAMES, ModelFolder, is_model_file, open_model
 from rmsearch.models.resolve import resolve_contract
-from rmsearch.stage import Run, StageConfig, main, option, stage
+from rmsearch.stage import Run, StageConfig, option, stage
 from rmsearch.storage import s3
 from rmsearch.storage import uri as uris
 

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from rmsearch.cores import free_cores
 from rmsearch.errors import ConfigError, RMSearchError
 
 GIB = 1 << 30
@@ -74,11 +75,11 @@ class Line:
 
 def machine_lines() -> list[Line]:
     """Python, cores, memory, disk."""
-    version = platform.python_version()
+    version, cores = platform.python_version(), free_cores()
     good = sys.version_info >= (3, 11)
     lines = [
         Line("ok" if good else "fail", "python", f"{version} ({sys.executable})", "Use Python 3.11 or newer"),
-        Line("ok", "cores", f"{cpu_limit():g} usable, {platform.machine()}{_bf16_note()}"),
+        Line("ok", "cores", f"{cores.number} usable ({cores.source}), {platform.machine()}{_bf16_note()}"),
     ]
     memory = memory_available()
     if memory is not None:
@@ -93,15 +94,6 @@ def _bf16_note() -> str:
         if "amx_bf16" in flags or "avx512_bf16" in flags:
             return ", fast bfloat16"
     return ", no fast bfloat16 (float32 is the better dtype here)"
-
-
-def cpu_limit() -> float:
-    """Cores that this process may use: its affinity, and the container's quota."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, int(quota) / int(period))  # "max" is no number: no quota
-    return cores
 
 
 def memory_available() -> int | None:

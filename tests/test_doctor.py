@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 
 from rmsearch import machine
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.doctor import DoctorConfig, doctor, examine
 from rmsearch.errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RetryableError
 from rmsearch.machine import Line

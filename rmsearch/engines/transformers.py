@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rmsearch.cores import free_cores
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import Generation, Wish, prompt_ids
 from rmsearch.engines.threads import LoopThread
@@ -71,10 +70,7 @@ def quiet() -> Iterator[None]:
 
 def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
     """(the model, names of the weights that are missing and so random) of a transformers class; ModelError when the
-    folder does not load. Torch then has no more threads than cores are free to this process."""
-    import torch
-
-    torch.set_num_threads(min(torch.get_num_threads(), free_cores().number))
+    folder does not load."""
     try:
         with quiet():
             model, info = kind.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **options)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.engines.transformers import load_classifier, quiet
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.models.contract import Contract, read_contract, write_contract
@@ -18,7 +19,7 @@ from rmsearch.models.resolve import infer_contract, make_contract, resolve_contr
 from rmsearch.progress import say
 from rmsearch.prompts.renderer import Renderer
 from rmsearch.prompts.templates import default_template, template
-from rmsearch.stage import Run, StageConfig, main, model, option, stage, target
+from rmsearch.stage import Run, StageConfig, model, option, stage, target
 from rmsearch.storage import uri
 from rmsearch.trainer.evaluation import score_inputs
 from rmsearch.trainer.export import check_equal

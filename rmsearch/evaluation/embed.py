@@ -6,10 +6,11 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from rmsearch.cli import main
 from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
 from rmsearch.retrieval.first_stage import rankings, self_positions, write_outputs
 from rmsearch.retrieval.vectors import ExactSearch, VectorCache, count_vectors, embedded, product, vector_identity
-from rmsearch.stage import Run, main, option, stage, target, tuning
+from rmsearch.stage import Run, option, stage, target, tuning
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_args
 
-from rmsearch.cores import free_cores
+from rmsearch.cores import use_free_cores
 from rmsearch.errors import AccessError, ConfigError, InputMissingError, MissingExtraError, ModelError, RetryableError
 from rmsearch.models.contract import Contract, Dtype, load_json, read_contract
 from rmsearch.storage import local, s3
@@ -145,7 +145,7 @@ class ModelFolder:
         """The tokenizer; ModelError when it does not load."""
         from transformers import AutoTokenizer
 
-        os.environ.setdefault("RAYON_NUM_THREADS", str(free_cores().number))  # more would only wait for each other
+        use_free_cores()
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except (OSError, ValueError, KeyError) as error:

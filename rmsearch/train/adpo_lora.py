@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, ignored, main, option, source, stage, tuning
+from rmsearch.cli import main
+from rmsearch.stage import Run, ignored, option, source, stage, tuning
 from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.export import export
 from rmsearch.trainer.fit import encode_files, fit, prepare_training

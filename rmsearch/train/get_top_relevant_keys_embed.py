@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Literal
 
+from rmsearch.cli import main
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.corpus_search import (
@@ -26,7 +27,7 @@ from rmsearch.retrieval.vectors import (
     product,
     vector_identity,
 )
-from rmsearch.stage import Run, main, option, stage, target, tuning
+from rmsearch.stage import Run, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import write_records
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.cli import main
+from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
 from rmsearch.trainer.export import export

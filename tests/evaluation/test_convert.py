@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.evaluation import convert as module
 from rmsearch.evaluation.convert import SAMPLE, convert

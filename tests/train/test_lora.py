@@ -20,7 +20,7 @@ import pytest
 import tiny_models
 import tiny_sets
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError, RejectedError
 from rmsearch.models.contract import read_contract
 from rmsearch.stage import execute
