@@ -56,8 +56,8 @@ def examine(config: DoctorConfig) -> Iterator[Line]:
     checks += [minilm_lines, lambda: s3_lines(config.s3)]
     checks += [lambda name=name: model_lines(name) for name in config.model]  # type: ignore[misc]
     with ThreadPoolExecutor(len(checks)) as pool:
-        for found in pool.map(lambda check: check(), checks):
-            yield from found
+        for lines in pool.map(lambda check: check(), checks):
+            yield from lines
 
 
 def as_text(lines: Sequence[Line]) -> str:
@@ -152,12 +152,12 @@ def _credentials_line() -> Line:
     )
     remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or a service account"
     try:
-        found = boto3.session.Session().get_credentials()
+        credentials = boto3.session.Session().get_credentials()
     except BotoCoreError as error:
         return Line("fail", "s3 credentials", type(error).__name__, remedy, asked=True)
-    if found is None:
+    if credentials is None:
         return Line("fail", "s3 credentials", f"none found for {endpoint}", remedy, asked=True)
-    return Line("ok", "s3 credentials", f"from {found.method}, for {endpoint}", asked=True)
+    return Line("ok", "s3 credentials", f"from {credentials.method}, for {endpoint}", asked=True)
 
 
 def _write_line(uri: str) -> Line:

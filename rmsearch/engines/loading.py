@@ -34,7 +34,8 @@ from rmsearch.models.contract import Contract
 from rmsearch.models.folder import PACKAGED_NAMES, ModelFolder, open_model
 from rmsearch.models.heads import adapter_base, classifier_folder, merged_folder
 from rmsearch.models.resolve import resolve_contract
-from rmsearch.prompts.renderer import Renderer, Template
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import Template
 from rmsearch.storage.uri import is_s3
 
 LOCAL_OPTIONS = {"device"}  # of the transformers engine
@@ -65,7 +66,7 @@ def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextG
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardFolder:
     """A reward model opened on this machine, before an engine has it. ``adapter``: a LoRA folder on top."""
 
     folder: ModelFolder
@@ -78,7 +79,7 @@ class RewardModel:
         return load_classifier(self.folder, self.contract, adapter=self.adapter, **options)
 
 
-def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> RewardModel:
+def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> RewardFolder:
     """Opens a model folder, or an adapter folder with its base, and resolves its contract."""
     require_torch()
     folder, adapter = ModelFolder.open(name), None if lora is None else ModelFolder.open(lora)
@@ -88,17 +89,17 @@ def open_reward(name: str, lora: str | None, template: str | Template | None, ma
         folder, adapter = ModelFolder(open_model(adapter_base(folder)), name), folder
     contract = resolve_contract(folder, template_name=template, max_length=max_length, adapter=adapter)
     renderer = Renderer(folder.tokenizer, contract.template, contract.max_length)
-    return RewardModel(folder, adapter, contract, renderer)
+    return RewardFolder(folder, adapter, contract, renderer)
 
 
-def transformers_scorer(reward: RewardModel, options: EngineOptions) -> PairScorer:
+def transformers_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
     """A scorer with torch on this machine."""
     model = reward.load(dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
     backend = scoring_backend(model, reward.folder, reward.contract, options.batch_tokens)
     return PairScorer(backend, reward.renderer, reward.contract)
 
 
-def vllm_scorer(reward: RewardModel, options: EngineOptions) -> PairScorer:
+def vllm_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
     """A scorer with vLLM in this process; what vLLM can't serve as it is gets merged or converted first.
 
     vLLM knows LoRA for decoders only, and needs a base that has a head.
@@ -166,7 +167,7 @@ def http_scorer(
     return PairScorer(backend, TextRenderer(renderer), None if reward is None else reward.contract)
 
 
-def _route(route: str, reward: RewardModel | None) -> Any:
+def _route(route: str, reward: RewardFolder | None) -> Any:
     """The route to take; ConfigError for one that would give other scores than the model's own."""
     if reward is None:
         return "score" if route == "auto" else route
