@@ -145,13 +145,20 @@ def torch_lines(deep: bool) -> list[Line]:
         facts = probe(deep)
     except RMSearchError as error:
         return [Line("fail", "torch", error.problem, error.remedy)]
-    broken = facts["broken"]
-    return [*gpu_lines(facts.get("torch")), *_build_lines(facts), *_companion_lines(broken), *_deep_lines(broken, deep)]
+    torch, broken, lines = facts.get("torch"), facts["broken"], gpu_lines(facts.get("torch"))
+    if torch is None:
+        return [*lines, Line("fail", "torch", broken["torch"], REINSTALL), *_deep_lines(broken, deep)]
+    build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU"
+    lines.append(Line("ok", "torch", f"{torch['version']}, {build} build, {torch['threads']} threads"))
+    if names := [name for name in COMPANIONS if name in broken]:
+        remedy = f"They are not needed. Run: pip uninstall -y {' '.join(names)}"
+        found = f"built for another torch ({broken[names[0]]}); transformers and vLLM trip over it"
+        lines.append(Line("fail", " ".join(names), found, remedy))
+    return lines + _deep_lines(broken, deep)
 
 
 def probe(deep: bool) -> dict[str, Any]:
-    """Facts from a fresh interpreter: {"torch": {…}, "broken": {package: error}}. ModelError never; ConfigError when
-    the interpreter dies or hangs."""
+    """Facts from a fresh interpreter: {"torch": {…}, "broken": {package: error}}; ConfigError when it dies or hangs."""
     command = [sys.executable, "-c", _PROBE, ",".join(COMPANIONS), *(["deep"] if deep else [])]
     quiet = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     limit = DEEP_SECONDS if deep else PROBE_SECONDS
@@ -165,32 +172,12 @@ def probe(deep: bool) -> dict[str, Any]:
         raise ConfigError(f"importing it ends Python: {said[:200]}", remedy=REINSTALL) from None
 
 
-def _build_lines(facts: dict[str, Any]) -> list[Line]:
-    if "torch" not in facts:
-        return [Line("fail", "torch", facts["broken"]["torch"], REINSTALL)]
-    torch = facts["torch"]
-    build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU"
-    return [Line("ok", "torch", f"{torch['version']}, {build} build, {torch['threads']} threads")]
-
-
-def _companion_lines(broken: dict[str, str]) -> list[Line]:
-    names = [name for name in COMPANIONS if name in broken]
-    if not names or "torch" in broken:
-        return []
-    remedy = f"They are not needed. Run: pip uninstall -y {' '.join(names)}"
-    found = f"built for another torch ({broken[names[0]]}); transformers and vLLM trip over it"
-    return [Line("fail", " ".join(names), found, remedy)]
-
-
 def _deep_lines(broken: dict[str, str], deep: bool) -> list[Line]:
-    lines = []
-    for name in ("transformers", "trl", "vllm") if deep else ():
-        if importlib.util.find_spec(name) is None:
-            continue
-        remedy = "Install versions that agree, as in the constraints file"
-        state: Literal["ok", "fail"] = "fail" if name in broken else "ok"
-        lines.append(Line(state, f"import {name}", broken.get(name, "works"), remedy))
-    return lines
+    names = [name for name in ("transformers", "trl", "vllm") if deep and importlib.util.find_spec(name)]
+    remedy = "Install versions that agree, as in the constraints file"
+    return [
+        Line("fail" if name in broken else "ok", f"import {name}", broken.get(name, "works"), remedy) for name in names
+    ]
 
 
 def gpu_lines(torch: dict[str, Any] | None) -> list[Line]:

@@ -96,11 +96,11 @@ def load_embedder(
     **options: Any,
 ) -> Embedder:
     """Loads an embedding model. Instructions: see `rmsearch.engines.embedding.prefixes`; else as load_scorer."""
-    spec: dict[str, Any] = {"query_instruction": query_instruction, "key_instruction": key_instruction}
-    spec |= {"max_length": max_length, "pooling": pooling}
+    given: dict[str, Any] = {"query_instruction": query_instruction, "key_instruction": key_instruction}
+    given |= {"max_length": max_length, "pooling": pooling}
     from rmsearch.engines.loading import embedder
 
-    return embedder(model_name, options, spec)
+    return embedder(model_name, options, given)
 
 
 def load_generator(model_name: str, *, max_length: int | None = None, **options: Any) -> Generator:

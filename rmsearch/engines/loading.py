@@ -53,10 +53,14 @@ def scorer(
     return vllm_scorer(reward, options) if options.engine == "vllm" else transformers_scorer(reward, options)
 
 
-def embedder(name: str, given: dict[str, Any], spec: dict[str, Any]) -> TextEmbedder:
+def embedder(name: str, given: dict[str, Any], embedding: dict[str, Any]) -> TextEmbedder:
     """The embedder that ``load_embedder`` returns."""
     options = engine_options(**given)
-    return http_embedder(name, options, spec) if options.engine == "http" else local_embedder(name, options, spec)
+    return (
+        http_embedder(name, options, embedding)
+        if options.engine == "http"
+        else local_embedder(name, options, embedding)
+    )
 
 
 def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextGenerator:
@@ -154,43 +158,35 @@ def http_scorer(
             f"the model {name!r} is no folder here, so a template, an adapter or token ids cannot be applied to it",
             remedy="Give the model's folder or s3:// URI, and the server's name for it as model=…",
         )
-    route = _route(route, reward)
     if reward is None:
         server, served = _connect_to_model(options, model or name or None, None)
-    else:
-        server, served = _connect_to_model(options, model, reward.contract.max_length)
-    prefix_cache = reward is not None and reward.contract.pooling == "last"
-    backend = HTTPScoring(server, served, route, prefix_cache=prefix_cache, fallback=reward is None)
-    if reward is not None and route == "classify":
-        return PairScorer(backend, reward.renderer, reward.contract)
-    renderer = None if reward is None else reward.renderer
-    return PairScorer(backend, TextRenderer(renderer), None if reward is None else reward.contract)
+        backend = HTTPScoring(server, served, "score" if route == "auto" else route, prefix_cache=False, fallback=True)
+        return PairScorer(backend, TextRenderer(None), None)
+    route, contract = _route(route, reward), reward.contract
+    server, served = _connect_to_model(options, model, contract.max_length)
+    backend = HTTPScoring(server, served, route, prefix_cache=contract.pooling == "last", fallback=False)
+    return PairScorer(backend, reward.renderer if route == "classify" else TextRenderer(reward.renderer), contract)
 
 
-def _route(route: str, reward: RewardFolder | None) -> Any:
+def _route(route: str, reward: RewardFolder) -> Any:
     """The route to take; ConfigError for one that would give other scores than the model's own."""
-    if reward is None:
-        return "score" if route == "auto" else route
-    if reward.contract.token_types == "segment":
-        if route == "classify":
-            raise ConfigError(
-                f"{reward.folder.where} needs token types, which ids sent to /classify lack",
-                remedy="Leave route away, or use route='score'",
-            )
-        return "score" if route == "auto" else route
-    if route in ("score", "rerank") and reward.contract.template.name != "encoder":
-        raise ConfigError(
-            f"/{route} joins texts without the template {reward.contract.template.name!r}",
-            remedy="Leave route away: token ids go to /classify",
-        )
-    return "classify" if route == "auto" else route
+    segment, template = reward.contract.token_types == "segment", reward.contract.template.name
+    if route == "auto":
+        return "score" if segment else "classify"
+    if segment and route == "classify":
+        problem = f"{reward.folder.where} needs token types, which ids sent to /classify lack"
+        raise ConfigError(problem, remedy="Leave route away, or use route='score'")
+    if not segment and route != "classify" and template != "encoder":
+        problem = f"/{route} joins texts without the template {template!r}"
+        raise ConfigError(problem, remedy="Leave route away: token ids go to /classify")
+    return route
 
 
-def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def local_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder with transformers or vLLM on this machine."""
     require_torch()
     folder = ModelFolder.open(name)
-    spec = resolve_embedding(folder, **wishes)
+    spec = resolve_embedding(folder, **given)
     inputs = TokenInputs(folder.tokenizer, spec.max_length)
     if options.engine == "vllm":
         stored, arguments = folder.facts.dtype, options.vllm_arguments()
@@ -202,17 +198,17 @@ def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) ->
     return TextEmbedder(TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=tokens), inputs, spec)
 
 
-def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def http_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder behind /v1/embeddings: ids for a model whose folder is here too, else texts."""
     model = options.extra_of(SERVER_OPTIONS).get("model")
     inputs: TokenInputs | TextInputs
     if is_local(name):
         folder = ModelFolder.open(name)
-        spec = resolve_embedding(folder, **wishes)
+        spec = resolve_embedding(folder, **given)
         inputs = TokenInputs(folder.tokenizer, spec.max_length)
     else:
-        query, key = prefixes(name, wishes["query_instruction"], wishes["key_instruction"])
-        spec = EmbeddingSpec(wishes["pooling"] or "mean", wishes["max_length"] or 0, query, key)
+        query, key = prefixes(name, given["query_instruction"], given["key_instruction"])
+        spec = EmbeddingSpec(given["pooling"] or "mean", given["max_length"] or 0, query, key)
         inputs, model = TextInputs(), model or name
     server, served = _connect_to_model(options, model, None)
     return TextEmbedder(HTTPEmbedding(server, served), inputs, spec)
@@ -220,15 +216,17 @@ def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> 
 
 def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
-
     require_torch()
     folder = ModelFolder.open(name)
     if options.engine == "vllm":
-        stored, arguments = folder.facts.dtype, options.vllm_arguments()
-        how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
-        return TextGenerator(
-            VLLMGeneration(generating_engine(folder.path, arguments=arguments, **how), folder.tokenizer)
+        engine = generating_engine(
+            folder.path,
+            dtype=options.dtype,
+            stored=folder.facts.dtype,
+            max_length=max_length,
+            arguments=options.vllm_arguments(),
         )
+        return TextGenerator(VLLMGeneration(engine, folder.tokenizer))
     model = load_plain("AutoModelForCausalLM", folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
     return TextGenerator(TransformersGeneration(model, folder.tokenizer))
 

@@ -1,4 +1,4 @@
-"""The one place where a (query, key) pair becomes model input: token ids, for training and for every engine.
+"""Rendering of (query, key) pairs as token ids, in this one place for training and for every engine.
 
 A :class:`Template` says what stands around the query and the key. A :class:`Renderer` binds it to a tokenizer and a
 length. Truncation cuts the key's tail and, above half of the room, the query's tail; instruction, separators and the
