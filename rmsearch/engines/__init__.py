@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rmsearch.engines.embedding import EmbeddingSpec, Pooling
     from rmsearch.engines.generation import Generation, Messages, Sampling
     from rmsearch.models.contract import Contract
-    from rmsearch.prompts.renderer import Query, Template
+    from rmsearch.prompts.renderer import Query
+    from rmsearch.prompts.templates import Template
 
 
 class Scorer(Protocol):
@@ -95,11 +96,11 @@ def load_embedder(
     **options: Any,
 ) -> Embedder:
     """Loads an embedding model. Instructions: see `rmsearch.engines.embedding.prefixes`; else as load_scorer."""
-    spec: dict[str, Any] = {"query_instruction": query_instruction, "key_instruction": key_instruction}
-    spec |= {"max_length": max_length, "pooling": pooling}
+    given: dict[str, Any] = {"query_instruction": query_instruction, "key_instruction": key_instruction}
+    given |= {"max_length": max_length, "pooling": pooling}
     from rmsearch.engines.loading import embedder
 
-    return embedder(model_name, options, spec)
+    return embedder(model_name, options, given)
 
 
 def load_generator(model_name: str, *, max_length: int | None = None, **options: Any) -> Generator:

@@ -34,7 +34,8 @@ from rmsearch.models.contract import Contract
 from rmsearch.models.folder import PACKAGED_NAMES, ModelFolder, open_model
 from rmsearch.models.heads import adapter_base, classifier_folder, merged_folder
 from rmsearch.models.resolve import resolve_contract
-from rmsearch.prompts.renderer import Renderer, Template
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import Template
 from rmsearch.storage.uri import is_s3
 
 LOCAL_OPTIONS = {"device"}  # of the transformers engine
@@ -52,10 +53,14 @@ def scorer(
     return vllm_scorer(reward, options) if options.engine == "vllm" else transformers_scorer(reward, options)
 
 
-def embedder(name: str, given: dict[str, Any], spec: dict[str, Any]) -> TextEmbedder:
+def embedder(name: str, given: dict[str, Any], embedding: dict[str, Any]) -> TextEmbedder:
     """The embedder that ``load_embedder`` returns."""
     options = engine_options(**given)
-    return http_embedder(name, options, spec) if options.engine == "http" else local_embedder(name, options, spec)
+    return (
+        http_embedder(name, options, embedding)
+        if options.engine == "http"
+        else local_embedder(name, options, embedding)
+    )
 
 
 def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextGenerator:
@@ -65,7 +70,7 @@ def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextG
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardFolder:
     """A reward model opened on this machine, before an engine has it. ``adapter``: a LoRA folder on top."""
 
     folder: ModelFolder
@@ -78,7 +83,7 @@ class RewardModel:
         return load_classifier(self.folder, self.contract, adapter=self.adapter, **options)
 
 
-def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> RewardModel:
+def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> RewardFolder:
     """Opens a model folder, or an adapter folder with its base, and resolves its contract."""
     require_torch()
     folder, adapter = ModelFolder.open(name), None if lora is None else ModelFolder.open(lora)
@@ -88,17 +93,17 @@ def open_reward(name: str, lora: str | None, template: str | Template | None, ma
         folder, adapter = ModelFolder(open_model(adapter_base(folder)), name), folder
     contract = resolve_contract(folder, template_name=template, max_length=max_length, adapter=adapter)
     renderer = Renderer(folder.tokenizer, contract.template, contract.max_length)
-    return RewardModel(folder, adapter, contract, renderer)
+    return RewardFolder(folder, adapter, contract, renderer)
 
 
-def transformers_scorer(reward: RewardModel, options: EngineOptions) -> PairScorer:
+def transformers_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
     """A scorer with torch on this machine."""
     model = reward.load(dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
     backend = scoring_backend(model, reward.folder, reward.contract, options.batch_tokens)
     return PairScorer(backend, reward.renderer, reward.contract)
 
 
-def vllm_scorer(reward: RewardModel, options: EngineOptions) -> PairScorer:
+def vllm_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
     """A scorer with vLLM in this process; what vLLM can't serve as it is gets merged or converted first.
 
     vLLM knows LoRA for decoders only, and needs a base that has a head.
@@ -153,43 +158,35 @@ def http_scorer(
             f"the model {name!r} is no folder here, so a template, an adapter or token ids cannot be applied to it",
             remedy="Give the model's folder or s3:// URI, and the server's name for it as model=…",
         )
-    route = _route(route, reward)
     if reward is None:
         server, served = _connect_to_model(options, model or name or None, None)
-    else:
-        server, served = _connect_to_model(options, model, reward.contract.max_length)
-    prefix_cache = reward is not None and reward.contract.pooling == "last"
-    backend = HTTPScoring(server, served, route, prefix_cache=prefix_cache, fallback=reward is None)
-    if reward is not None and route == "classify":
-        return PairScorer(backend, reward.renderer, reward.contract)
-    renderer = None if reward is None else reward.renderer
-    return PairScorer(backend, TextRenderer(renderer), None if reward is None else reward.contract)
+        backend = HTTPScoring(server, served, "score" if route == "auto" else route, prefix_cache=False, fallback=True)
+        return PairScorer(backend, TextRenderer(None), None)
+    route, contract = _route(route, reward), reward.contract
+    server, served = _connect_to_model(options, model, contract.max_length)
+    backend = HTTPScoring(server, served, route, prefix_cache=contract.pooling == "last", fallback=False)
+    return PairScorer(backend, reward.renderer if route == "classify" else TextRenderer(reward.renderer), contract)
 
 
-def _route(route: str, reward: RewardModel | None) -> Any:
+def _route(route: str, reward: RewardFolder) -> Any:
     """The route to take; ConfigError for one that would give other scores than the model's own."""
-    if reward is None:
-        return "score" if route == "auto" else route
-    if reward.contract.token_types == "segment":
-        if route == "classify":
-            raise ConfigError(
-                f"{reward.folder.where} needs token types, which ids sent to /classify lack",
-                remedy="Leave route away, or use route='score'",
-            )
-        return "score" if route == "auto" else route
-    if route in ("score", "rerank") and reward.contract.template.name != "encoder":
-        raise ConfigError(
-            f"/{route} joins texts without the template {reward.contract.template.name!r}",
-            remedy="Leave route away: token ids go to /classify",
-        )
-    return "classify" if route == "auto" else route
+    segment, template = reward.contract.token_types == "segment", reward.contract.template.name
+    if route == "auto":
+        return "score" if segment else "classify"
+    if segment and route == "classify":
+        problem = f"{reward.folder.where} needs token types, which ids sent to /classify lack"
+        raise ConfigError(problem, remedy="Leave route away, or use route='score'")
+    if not segment and route != "classify" and template != "encoder":
+        problem = f"/{route} joins texts without the template {template!r}"
+        raise ConfigError(problem, remedy="Leave route away: token ids go to /classify")
+    return route
 
 
-def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def local_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder with transformers or vLLM on this machine."""
     require_torch()
     folder = ModelFolder.open(name)
-    spec = resolve_embedding(folder, **wishes)
+    spec = resolve_embedding(folder, **given)
     inputs = TokenInputs(folder.tokenizer, spec.max_length)
     if options.engine == "vllm":
         stored, arguments = folder.facts.dtype, options.vllm_arguments()
@@ -201,17 +198,17 @@ def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) ->
     return TextEmbedder(TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=tokens), inputs, spec)
 
 
-def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def http_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder behind /v1/embeddings: ids for a model whose folder is here too, else texts."""
     model = options.extra_of(SERVER_OPTIONS).get("model")
     inputs: TokenInputs | TextInputs
     if is_local(name):
         folder = ModelFolder.open(name)
-        spec = resolve_embedding(folder, **wishes)
+        spec = resolve_embedding(folder, **given)
         inputs = TokenInputs(folder.tokenizer, spec.max_length)
     else:
-        query, key = prefixes(name, wishes["query_instruction"], wishes["key_instruction"])
-        spec = EmbeddingSpec(wishes["pooling"] or "mean", wishes["max_length"] or 0, query, key)
+        query, key = prefixes(name, given["query_instruction"], given["key_instruction"])
+        spec = EmbeddingSpec(given["pooling"] or "mean", given["max_length"] or 0, query, key)
         inputs, model = TextInputs(), model or name
     server, served = _connect_to_model(options, model, None)
     return TextEmbedder(HTTPEmbedding(server, served), inputs, spec)
@@ -219,15 +216,17 @@ def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> 
 
 def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
-
     require_torch()
     folder = ModelFolder.open(name)
     if options.engine == "vllm":
-        stored, arguments = folder.facts.dtype, options.vllm_arguments()
-        how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
-        return TextGenerator(
-            VLLMGeneration(generating_engine(folder.path, arguments=arguments, **how), folder.tokenizer)
+        engine = generating_engine(
+            folder.path,
+            dtype=options.dtype,
+            stored=folder.facts.dtype,
+            max_length=max_length,
+            arguments=options.vllm_arguments(),
         )
+        return TextGenerator(VLLMGeneration(engine, folder.tokenizer))
     model = load_plain("AutoModelForCausalLM", folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
     return TextGenerator(TransformersGeneration(model, folder.tokenizer))
 
