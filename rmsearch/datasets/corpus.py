@@ -1,6 +1,6 @@
 """Corpora: rows with a stable id and a text, from one file of records or a folder of text files.
 
-`read_corpus` streams, `lookup` fetches the texts of some ids, `CorpusIndex` keeps a whole corpus on disk for access by
+`read_corpus` streams, `CorpusIndex` keeps a whole corpus on disk for access by
 position and by id. Memory does not grow with the texts: a row costs 8 bytes while reading, 24 in an index.
 """
 
@@ -12,15 +12,14 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
 
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.storage import uri as storage
 from rmsearch.storage.local import local_errors
 from rmsearch.storage.records import SUFFIXES, numbered_records
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ID_COLUMNS = ("index", "", "_id", "id", "df_id", "corpus-id")  # "": the index that pandas writes without a name
 TEXT_SUFFIXES = (".txt", ".md")
@@ -88,18 +87,6 @@ def distinct(records: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         _refuse_doubles(records(), suspects)
 
 
-def lookup(uri: str, ids: Iterable[str], text_column: str = "text", id_column: str | None = None) -> dict[str, str]:
-    """Texts of the rows with these ids, read in one pass; memory grows with what is asked, not with the corpus.
-
-    Raises as `read_corpus`, and ConfigError when an id is not there.
-    """
-    asked = set(ids)
-    found = {row.id: row.text for row in read_corpus(uri, text_column, id_column) if row.id in asked}
-    if unknown := asked - found.keys():
-        raise unknown_ids(uri, unknown, len(asked))
-    return found
-
-
 def unknown_ids(uri: str, unknown: Iterable[str], asked: int) -> ConfigError:
     """The error for ids that a corpus does not have."""
     missing = sorted(unknown)
@@ -122,8 +109,6 @@ class CorpusIndex(Sequence[tuple[str, str]]):
     """
 
     def __init__(self, rows: Iterable[Row], file: BinaryIO) -> None:
-        import numpy as np
-
         self._file = file
         ends, hashes = array("Q", [0]), array("q")
         with local_errors(tempfile.gettempdir()):  # it may be full
@@ -158,8 +143,6 @@ class CorpusIndex(Sequence[tuple[str, str]]):
     def first_of_id(self) -> np.ndarray:
         """For each row the position of the first row with its id, int64[n], where an id may come again with its text.
         Raises ConfigError for an id with two texts."""
-        import numpy as np
-
         first = np.empty(len(self), np.int64)
         for at in range(len(self)):
             identity, text = self._row(at)
@@ -173,21 +156,22 @@ class CorpusIndex(Sequence[tuple[str, str]]):
 
     def position(self, identity: str) -> int | None:
         """Where the row with that id is; None when there is none."""
-        import numpy as np
-
-        value = np.int64(hash(identity))
-        first = int(np.searchsorted(self._hashes, value))
-        while first < len(self._hashes) and self._hashes[first] == value:
-            position = int(self._order[first])
-            if self._row(position)[0] == identity:
-                return position
-            first += 1
-        return None
+        return self._find(identity)[0]
 
     def text(self, identity: str) -> str | None:
         """The text of the row with that id; None when there is none."""
-        position = self.position(identity)
-        return None if position is None else self._row(position)[1]
+        return self._find(identity)[1]
+
+    def _find(self, identity: str) -> tuple[int, str] | tuple[None, None]:
+        value = np.int64(hash(identity))
+        at = int(self._hashes.searchsorted(value))
+        while at < len(self._hashes) and self._hashes[at] == value:
+            position = int(self._order[at])
+            found, text = self._row(position)
+            if found == identity:
+                return position, text
+            at += 1
+        return None, None
 
 
 class _Ids:
@@ -207,8 +191,6 @@ class _Ids:
 
     def fold(self) -> set[int]:
         """Compare the latest ids with all before them; returns as `add`."""
-        import numpy as np
-
         run = np.fromiter(self._fresh, np.int64, len(self._fresh))
         run.sort()
         self._fresh.clear()

@@ -126,7 +126,7 @@ def load_classifier(
             where=str(folder),
             remedy="Train a head first (`rmsearch train lora`), or give a model that has one",
         )
-    return model.eval().to(where)
+    return model.eval().to(where, chosen)  # PEFT puts a trained head in as float32
 
 
 def _has_head(adapter: Path) -> bool:

@@ -22,7 +22,7 @@ from rmsearch.storage.folders import fetch_file, fetch_folder, upload_folder
 
 __all__ = [
     "digest", "exists", "fetch", "fetch_folder", "is_folder", "is_s3", "join", "list_files", "name", "parent",
-    "put_if_absent", "reader", "remove", "size", "upload_folder", "writer",
+    "put_if_absent", "reader", "remove", "resolved", "size", "upload_folder", "writer",
 ]  # fmt: skip
 
 _WHOLE_DIGEST_BYTES = 256 << 20
@@ -62,6 +62,18 @@ def name(uri: str) -> str:
     if is_s3(uri):
         return uri.rstrip("/").rpartition("/")[2]
     return local.as_path(uri).resolve().name
+
+
+def resolved(uri: str) -> str | None:
+    """The one spelling of a file's or folder's URI: links and dots followed, no double or last slash. None for a device
+    or pipe, which any number of readers and writers may share."""
+    if is_s3(uri):
+        return "s3://" + "/".join(part for part in uri.removeprefix("s3://").split("/") if part)
+    path = local.as_path(uri)
+    with local.local_errors(uri):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return None
+    return os.path.realpath(path)
 
 
 def exists(uri: str) -> bool:

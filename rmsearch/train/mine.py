@@ -79,7 +79,7 @@ def mine(config: MineConfig, run: Run) -> None:
     """
     import numpy as np
 
-    from rmsearch.preferences.negatives import Miner, Rules, choose_anchors
+    from rmsearch.preferences.mining import Miner, Rules, choose_anchors
     from rmsearch.storage.records import write_records
 
     _check(config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rmsearch.datasets.chain import AdvancedSet
-from rmsearch.preferences.queries import Wanted
-from rmsearch.preferences.sampling import SampleFlags, Sampler, or_refuse, sampled
+from rmsearch.preferences.queries import LabelledQuery, SampleFlags
+from rmsearch.preferences.sampling import Sampler, or_refuse, sampled
 from rmsearch.stage import Run, main, option, stage, target
 from rmsearch.storage.records import write_records
 
@@ -33,11 +33,11 @@ def sample_advanced_dpo_batch(config: SampleAdvancedConfig, run: Run) -> None:
         run.counts["sets"] = write_records(config.output, or_refuse(config, _sets(config, sampler, queries)))
 
 
-def _sets(config: SampleAdvancedConfig, sampler: Sampler, queries: Iterator[Wanted]) -> Iterator[AdvancedSet]:
+def _sets(config: SampleAdvancedConfig, sampler: Sampler, queries: Iterator[LabelledQuery]) -> Iterator[AdvancedSet]:
     for each in queries:
         corresponding: dict[str, str] = {}
-        for key in each.anchors:
-            if key in each.positives:
+        for key in each.own_keys:
+            if key in each.positives.keys:
                 corresponding.setdefault(sampler.text(key), key)
         if not corresponding:
             sampler.counts["queries_without_correspond_key"] += 1

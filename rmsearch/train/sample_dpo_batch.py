@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rmsearch.datasets.chain import SampledSet
-from rmsearch.preferences.queries import Wanted
-from rmsearch.preferences.sampling import SampleFlags, Sampler, or_refuse, sampled
+from rmsearch.preferences.queries import LabelledQuery, SampleFlags
+from rmsearch.preferences.sampling import Sampler, or_refuse, sampled
 from rmsearch.stage import Run, main, option, stage, target
 from rmsearch.storage.records import write_records
 
@@ -35,10 +35,10 @@ def sample_dpo_batch(config: SampleConfig, run: Run) -> None:
         run.counts["sets"] = write_records(config.output, or_refuse(config, _sets(config, sampler, queries)))
 
 
-def _sets(config: SampleConfig, sampler: Sampler, queries: Iterator[Wanted]) -> Iterator[SampledSet]:
+def _sets(config: SampleConfig, sampler: Sampler, queries: Iterator[LabelledQuery]) -> Iterator[SampledSet]:
     for each in queries:
-        for anchor in each.anchors:
-            drawn = sampler.negatives(each, [anchor], config.negatives_per_query)
+        for own in each.own_keys:
+            drawn = sampler.negatives(each, [own], config.negatives_per_query)
             if not drawn:
                 sampler.counts["sets_without_negatives"] += 1
                 continue
@@ -46,10 +46,10 @@ def _sets(config: SampleConfig, sampler: Sampler, queries: Iterator[Wanted]) -> 
             yield SampledSet(
                 query=each.query,
                 query_id=each.query_id,
-                keys=[*texts, sampler.text(anchor)],
-                key_ids=[*ids, anchor],
+                keys=[*texts, sampler.text(own)],
+                key_ids=[*ids, own],
                 query_type=each.query_type,
-                positive_ids=[anchor] if anchor in each.positives else [],
+                positive_ids=[own] if own in each.positives.keys else [],
             )
 
 

@@ -67,7 +67,9 @@ class TrainingConfig(StageConfig):
     )
     train_embeddings: bool = option(True, "With --lora-r 0: train the embeddings too.")
     dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "bf16: forward and backward in bfloat16 autocast; auto: bf16 where the machine is fast at it."
+        "auto",
+        "bf16: forward and backward in bfloat16 autocast, a bfloat16 base kept so under LoRA; auto: bf16 where the "
+        "machine is fast at it (and the base kept so on a GPU).",
     )
     gradient_checkpointing: bool = tuning(False, "Recompute activations: less memory, about 30 % slower.")
     seed: int = option(42, "Of the order of pairs, new weights and dropout.", ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from rmsearch.errors import ModelError
 from rmsearch.models.contract import Contract, make_contract, write_contract
+from rmsearch.models.folder import save_model_folder
 from rmsearch.trainer.evaluation import score_inputs
 
 if TYPE_CHECKING:
@@ -33,19 +35,20 @@ def export_model(
     inputs. facts: fields of the contract (base_model, base_digest, training). The exported folder's scores of the
     sample are compared with the trained model's: a difference above TOLERANCE is a ModelError and nothing is written.
     """
-    from rmsearch.models.folder import save_model_folder
+    import torch
 
-    trained = trained.float() if _dtype(trained) == "float32" else trained
+    dtype = _dtype(trained)
     before = _scores(trained, sample, base)
+    trained = trained.cpu()
     with tempfile.TemporaryDirectory(prefix="rmsearch-export-") as temp:
         folder = Path(temp)
         merged = trained
         if hasattr(trained, "peft_config"):
             _save_adapter(trained, folder / "adapter", facts.get("base_model"))
-            merged = trained.merge_and_unload()
+            merged = trained.merge_and_unload().to(getattr(torch, dtype))  # what was trained in full was in float32
         _save_plain(merged, folder, base.tokenizer)
         spec, length = base.renderer.template, base.renderer.max_length
-        contract = make_contract(folder, spec, length, dtype=_dtype(merged), **facts)
+        contract = make_contract(folder, spec, length, dtype=dtype, **facts)
         if (folder / "adapter").exists():
             write_contract(folder / "adapter", contract)
             base.tokenizer.save_pretrained(folder / "adapter")
@@ -79,13 +82,18 @@ def _save_adapter(model: Any, folder: Path, base_name: str | None) -> None:
 
 
 def _dtype(model: Any) -> str:
-    head = next(p for name, p in model.named_parameters() if "layer" in name)
-    return str(head.dtype).removeprefix("torch.")
+    """The dtype of the base's weights (the embeddings come first); LoRA and the head are float32 over any base."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _scores(model: Any, sample: list[np.ndarray], base: Base) -> np.ndarray:
-    pad = base.tokenizer.pad_token_id
-    return score_inputs(model, sample, pad=pad, limit=base.facts.max_positions)
+    """Rewards of the sample, float32[n]; over a bfloat16 base in autocast, as in training."""
+    import torch
+
+    weight = next(model.parameters())
+    mixed = partial(torch.autocast, weight.device.type, weight.dtype) if weight.dtype == torch.bfloat16 else None
+    pad, limit = base.tokenizer.pad_token_id, base.facts.max_positions
+    return score_inputs(model, sample, pad=pad, limit=limit, autocast=mixed)
 
 
 def verify_scores(

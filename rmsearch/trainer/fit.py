@@ -82,7 +82,8 @@ def precision(config: TrainingConfig, stored: str) -> tuple[bool, str | None, st
     if config.dtype == "bf16" and cuda and not able:
         raise ConfigError("this GPU has no bfloat16", where="--dtype", remedy="Use --dtype fp32")
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and able)
-    weights = "bfloat16" if cuda and bf16 and config.lora_r and stored == "bfloat16" else "float32"
+    frozen = config.lora_r and stored == "bfloat16" and (cuda or config.dtype == "bf16")
+    weights = "bfloat16" if bf16 and frozen else "float32"
     return bf16, "eager" if bf16 and not cuda else None, weights
 
 

@@ -53,7 +53,7 @@ def export_outcome(training: Training, trained: Any, trainer: Any) -> None:
         "trainer_config.json": json_text(settings),
         "trainer_state.json": json_text(vars(state) | {"stateful_callbacks": {}}),
     }
-    export_model(base, trained.cpu(), config.output_dir, [train.inputs[i] for i in rows], facts, extra)
+    export_model(base, trained, config.output_dir, [train.inputs[i] for i in rows], facts, extra)
     training.checkpoints.finish()
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmsearch.datasets import corpus
-from rmsearch.datasets.corpus import Row, indexed, lookup, read_corpus
+from rmsearch.datasets.corpus import Row, indexed, read_corpus
 from rmsearch.errors import ConfigError, InputMissingError, RecordError
 from rmsearch.storage.records import write_records
 
@@ -142,14 +142,6 @@ def test_a_double_far_away_is_found_and_equal_hashes_are_not_doubles(
     monkeypatch.setattr(corpus, "hash", lambda text: len(text), raising=False)
     path.write_text("\n".join(lines))
     assert len(list(read_corpus(str(path)))) == 100
-
-
-def test_lookup_names_what_does_not_resolve(tmp_path: Path) -> None:
-    path = str(tmp_path / "c.jsonl")
-    write_records(path, ROWS)
-    assert lookup(path, ["d3", "d1"]) == {"d1": "text 1", "d3": "text 3"}
-    with pytest.raises(ConfigError, match=r"has no row with the id 'd9' \(2 of the 3 ids asked for are not there\)"):
-        lookup(path, ["d1", "d9", "z"])
 
 
 @settings(deadline=None)

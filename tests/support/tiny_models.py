@@ -80,11 +80,12 @@ def bert_tokenizer() -> Any:
     return BertTokenizer(vocab={token: i for i, token in enumerate(_vocabulary())}, do_lower_case=True)
 
 
-def bert_cross_encoder(folder: Path, *, seed: int = 0, num_labels: int = 1) -> Path:
+def bert_cross_encoder(folder: Path, *, seed: int = 0, num_labels: int = 1, dtype: str = "float32") -> Path:
     """BertForSequenceClassification, 2 layers, width 64, 512 positions."""
+    import torch
     from transformers import BertForSequenceClassification
 
-    model = _seeded(BertForSequenceClassification, _bert_config(num_labels=num_labels), seed)
+    model = _seeded(BertForSequenceClassification, _bert_config(num_labels=num_labels), seed).to(getattr(torch, dtype))
     return _save(folder, model, bert_tokenizer())
 
 
@@ -113,15 +114,22 @@ def sentence_encoder(folder: Path, *, seed: int = 0, pooling: str = "mean") -> P
 
 
 def decoder_reward_model(
-    folder: Path, family: str = "qwen3", *, seed: int = 0, num_labels: int = 1, chat_template: str | None = CHAT
+    folder: Path,
+    family: str = "qwen3",
+    *,
+    seed: int = 0,
+    num_labels: int = 1,
+    chat_template: str | None = CHAT,
+    dtype: str = "float32",
 ) -> Path:
     """Qwen3-, Llama- or MistralForSequenceClassification ("qwen3", "llama", "mistral"), 2 layers, width 64."""
+    import torch
     import transformers
 
     name = {"qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[family]
     tokenizer = bpe_tokenizer(chat_template, bos=family != "qwen3")
     config = _decoder_config(name, tokenizer, num_labels=num_labels)
-    model = _seeded(getattr(transformers, f"{name}ForSequenceClassification"), config, seed)
+    model = _seeded(getattr(transformers, f"{name}ForSequenceClassification"), config, seed).to(getattr(torch, dtype))
     return _save(folder, model, tokenizer)
 
 

@@ -49,11 +49,11 @@ def encoder(tmp_path: Path) -> str:
     return str(tiny_models.bert_cross_encoder(tmp_path / "base", seed=SEED))
 
 
-def scores(folder: Path | str, rows: list[dict[str, Any]]) -> np.ndarray:
+def scores(folder: Path | str, rows: list[dict[str, Any]], **options: Any) -> np.ndarray:
     """Rewards of chosen and rejected keys, float32[n, 2], through our own loader."""
     from rmsearch.engines import load_scorer
 
-    scorer = load_scorer(str(folder), engine="transformers")
+    scorer = load_scorer(str(folder), engine="transformers", **options)
     pairs = [(row["query"], row[key]) for row in rows for key in ("chosen_key", "rejected_key")]
     found = asyncio.run(scorer.score(pairs))
     scorer.close_sync()
@@ -118,6 +118,32 @@ def test_decoders_train_and_export(files: dict[str, Any], family: str, tmp_path:
     assert np.allclose(scores(out, rows), scores(out / "adapter", rows), atol=1e-4)
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert adapter["layers_to_transform"] == [1] and "score" in adapter["modules_to_save"]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_bfloat16_base_trains_exports_and_goes_on(files: dict[str, Any], family: str, tmp_path: Path) -> None:
+    from rmsearch.trainer import export
+
+    base, out = tmp_path / "base", tmp_path / "model"
+    if family == "bert":
+        tiny_models.bert_cross_encoder(base, dtype="bfloat16")
+    else:
+        tiny_models.decoder_reward_model(base, family, dtype="bfloat16")
+    options = {**files, "model_name": str(base), "output_dir": str(out), **FAST, "dtype": "bf16", "max_steps": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "save_model_folder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute(lora, **options)
+    run = execute(lora, **options)
+    assert run.notes["resumed_at_step"] == 2 == run.counts["steps"]
+    contract = read_contract(out)
+    assert contract is not None and contract.dtype == "bfloat16"
+    assert {str(weight.dtype) for weight in weights(out).values()} == {"torch.bfloat16"}
+    rows = pair_sets.pairs(6, seed=1)
+    exported = scores(out, rows, dtype="bfloat16")
+    assert exported.std() > 0.25
+    assert np.allclose(scores(out / "adapter", rows, dtype="bfloat16"), exported, atol=0.05)
+    assert np.allclose(scores(out, rows), exported, atol=0.15)  # in float32
 
 
 def test_a_sentence_encoder_gets_a_new_head_and_all_weights_can_train(files: dict[str, Any], tmp_path: Path) -> None:

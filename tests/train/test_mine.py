@@ -16,7 +16,7 @@ from rmsearch.datasets.beir import Beir, Document
 from rmsearch.datasets.records import read_preferences
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.embed import embed
-from rmsearch.preferences.negatives import Miner, Rules, choose_anchors
+from rmsearch.preferences.mining import Miner, Rules, choose_anchors
 from rmsearch.preferences.positives import Anchor, as_claim, from_pairs, pseudo
 from rmsearch.retrieval.first_stage import best_positions
 from rmsearch.retrieval.rankers import (

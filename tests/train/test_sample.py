@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,44 @@ def test_draws_are_spread_over_the_window(tmp_path: Path) -> None:
     sets, _ = sample(paths, rank_min=2, rank_max=4)
     offsets = Counter((int(each.key_ids[0]) - i) % 30 for i, each in enumerate(sets))
     assert set(offsets) == {1, 2, 3} and max(offsets.values()) < 20
+
+
+@pytest.mark.parametrize("source", ["labels", "query records", "relevance records"])
+def test_a_set_costs_no_more_texts_where_a_query_has_many_positives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    def reads_per_set(folder: Path, queries: int, positives: int) -> float:
+        paths = chain(folder, queries=0, texts=[f"text number {i}" for i in range(200)])
+        rows = [(f"query {at % queries}", at) for at in range(queries * positives)]  # one query's rows lie apart
+        asked = [{"query": query, "df_id": row, "query_id": f"{query} {row}"} for query, row in rows]
+        change = {"filtered_queries_json": None, "relevance_json": None}
+        if source == "labels":
+            data = folder / "data"
+            (data / "qrels").mkdir(parents=True)
+            write_records(str(data / "corpus.jsonl"), [{"_id": str(i), "text": f"text number {i}"} for i in range(200)])
+            write_records(
+                str(data / "queries.jsonl"), [{"_id": f"query {q}", "text": f"q {q}"} for q in range(queries)]
+            )
+            (data / "qrels" / "train.tsv").write_text("".join(f"{query}\t{row}\t1\n" for query, row in rows))
+            change |= {"source_csv": None, "dataset_path": str(data)}
+        elif source == "query records":
+            write_records(paths["queries.json"], asked)
+            change["filtered_queries_json"] = paths["queries.json"]
+        else:
+            keys = [{"key_id": row, "key": f"text number {row}", "similarity": 0.5} for row in range(120, 130)]
+            write_records(paths["relevance.json"], [each | {"keys": keys} for each in asked])
+            change["relevance_json"] = paths["relevance.json"]
+        read, count = os.pread, Counter[str]()
+
+        def counted(*where: int) -> bytes:
+            count["reads"] += 1
+            return read(*where)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", counted)
+            sets, _ = sample(paths, negatives_per_query=2, **change)
+        assert len(sets) == queries * positives
+        return count["reads"] / len(sets)
+
+    few, many = reads_per_set(tmp_path / "few", 24, 5), reads_per_set(tmp_path / "many", 2, 60)
+    assert many <= 1.3 * few
