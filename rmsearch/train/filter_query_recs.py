@@ -16,7 +16,7 @@ from rmsearch.stage import Run, StageConfig, main, model, option, source, stage,
 
 if TYPE_CHECKING:
     from rmsearch.llm.languages import Languages
-    from rmsearch.retrieval.round_trip import Asked
+    from rmsearch.retrieval.round_trip import GeneratedQuery
 
 KEPT = 0
 REASONS = ("type", "language", "short", "long", "near_duplicate", "round_trip")  # verdicts from 1
@@ -222,14 +222,14 @@ def _drop_near_duplicates(config: FilterQueryRecsConfig, verdicts: bytearray, th
 
 def _drop_by_round_trip(config: FilterQueryRecsConfig, run: Run, verdicts: bytearray, rank: int) -> None:
     from rmsearch.datasets.corpus import indexed, read_corpus
-    from rmsearch.retrieval.round_trip import Asked, by_embedding, by_records
+    from rmsearch.retrieval.round_trip import GeneratedQuery, by_embedding, by_records
 
     positions, wanted = array("q"), bytearray()
-    queries: list[Asked] = []
+    queries: list[GeneratedQuery] = []
     for position, record in _left(config, verdicts):
         positions.append(position)
         wanted.append(record.query_type != IRRELEVANT)
-        queries.append(Asked(record.query_id or str(position), record.query, record.df_id))
+        queries.append(GeneratedQuery(record.query_id or str(position), record.query, record.df_id))
     if config.relevance_json is not None:
         found = by_records(config.relevance_json, queries, rank)
     else:
