@@ -34,18 +34,18 @@ def write_lists(data: str, split: str, run_file: str, prefix: str, rows: int) ->
     """Writes one list per labelled query (0 rows), or ``rows`` lists with every tool equally often the labelled one:
     as rows for train.adpo_lora, the same preferences as pairs for train.lora, and as a run {query: {tool: grade}}."""
     from rmsearch.datasets.beir import load_beir
-    from rmsearch.preferences.mining import choose_anchors
-    from rmsearch.preferences.positives import labelled
+    from rmsearch.preferences.mining import choose_pairs
+    from rmsearch.preferences.positives import labelled_pairs
     from rmsearch.retrieval.runs import read_run
     from rmsearch.storage.records import write_json, write_records
 
     beir, run, rng = load_beir(data, split), read_run(run_file), np.random.default_rng(42)
-    anchors = choose_anchors(labelled(beir), rows, 0.0, rng) if rows else labelled(beir)
+    chosen = choose_pairs(labelled_pairs(beir), rows, 0.0, rng) if rows else labelled_pairs(beir)
     lists = []
-    for anchor in anchors:
-        ranked, positives = list(run[anchor.query_id])[: FAR[1]], set(beir.positives(anchor.query_id))
+    for pair in chosen:
+        ranked, positives = list(run[pair.query_id])[: FAR[1]], set(beir.positives(pair.query_id))
         rest = sorted(beir.corpus.keys() - positives - set(ranked))
-        lists.append((anchor.query_id, graded(ranked, anchor.key_id, positives, rest, rng)))
+        lists.append((pair.query_id, graded(ranked, pair.key_id, positives, rest, rng)))
     write_records(f"{prefix}_rows.jsonl", (_row(beir, query, keys) for query, keys in lists))
     pairs = ((query, a, b) for query, keys in lists for (a, x), (b, y) in combinations(keys, 2) if x > y)
     write_records(f"{prefix}_pairs.jsonl", (_pair(beir, *pair) for pair in pairs))

@@ -31,9 +31,6 @@ class Scorer(Protocol):
     async def score(self, pairs: Sequence[tuple[Query, str]]) -> np.ndarray:
         """float32[n]."""
 
-    async def score_grid(self, queries: Sequence[Query], keys: Sequence[str]) -> np.ndarray:
-        """float32[len(queries), len(keys)]."""
-
     def stream(self, pairs: Iterable[tuple[Query, str]]) -> AsyncGenerator[tuple[np.ndarray, np.ndarray], None]:
         """(positions int64[n], rewards float32[n]) as they come."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from rmsearch.cli import main
 from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
 from rmsearch.retrieval.first_stage import rankings, self_positions, write_outputs
 from rmsearch.retrieval.vectors import TextsToEmbed, nearest, product
-from rmsearch.stage import Run, main, option, stage, target, tuning
+from rmsearch.stage import Run, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 
 

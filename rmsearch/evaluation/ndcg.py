@@ -8,12 +8,13 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from rmsearch.cli import main
 from rmsearch.datasets.beir import read_qrels, split_qrels
 from rmsearch.errors import ConfigError
 from rmsearch.metrics.measures import PRIMARY, Qrels
 from rmsearch.metrics.table import show_table
 from rmsearch.retrieval.compared_runs import RunFlags, evaluated, load_runs
-from rmsearch.stage import Run, main, stage, target
+from rmsearch.stage import Run, stage, target
 from rmsearch.storage.records import read_json, write_json
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rmsearch.cli import main
 from rmsearch.evaluation.convert import ConvertConfig, convert
-from rmsearch.stage import main
 
 __all__ = ["ConvertConfig", "convert"]
 

@@ -10,7 +10,6 @@ from typing import Any
 from rmsearch.datasets.chain import AdvancedRow, Candidate, KeyLadder, QueryChoices, QueryLadder
 from rmsearch.datasets.corpus import Row, read_corpus
 from rmsearch.datasets.records import PreferencePair
-from rmsearch.errors import ConfigError
 from rmsearch.llm.asking import GeneratorFlags
 from rmsearch.llm.budget import Fitting
 from rmsearch.llm.instructions import Instruction
@@ -44,8 +43,6 @@ class LadderFlags(GeneratorFlags):
         outputs = [value for name in fields_with_role(type(self), "target") if (value := getattr(self, name))]
         for output in outputs:
             suffix_of(output)
-        if len(set(outputs)) < len(outputs):
-            raise ConfigError("is named for two outputs", where=outputs[0], remedy="Give each its own file")
         return sum(1 for _ in self.rows())
 
 

@@ -1,36 +1,34 @@
-"""Negatives for an anchor: from a rank window, from similar queries' positives, at random; false ones are left out."""
+"""Mining: negatives for labelled pairs from a rank window, from similar queries' positives, and at random."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from rmsearch.datasets.beir import Beir
-from rmsearch.preferences.positives import Anchor
+from rmsearch.preferences.negatives import Negatives, Positives, at_random, score_limit, shuffled
+from rmsearch.preferences.positives import PositivePair
 from rmsearch.retrieval.first_stage import best_positions
 from rmsearch.retrieval.rankers import Ranker, places
 
-TRIES = 50
 BLOCK_SCORES = 1 << 24  # scores held at a time: 64 MiB per ranker
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How negatives are drawn. Ranks count from 1; shares are probabilities per negative, the rest is from ranks.
-
-    max_relative_score: a key that a ranker scores above this share of the positive's score is taken for an unlabelled
-    positive and skipped: "perc-pos" of NV-Retriever (Moreira et al. 2024, arXiv:2407.15831), which found 0.95 best.
-    """
+    """How negatives are drawn. Ranks count from 1; shares are probabilities per negative, the rest is from ranks;
+    max_relative_score is that of `score_limit`."""
 
     per_positive: int
     rank_min: int
     rank_max: int
     random_share: float
     similar_share: float
-    max_relative_score: float | None
+    max_relative_score: float
     margin_scale: float
     margin_max: float
     weights: Sequence[float]
@@ -38,18 +36,18 @@ class Rules:
 
 @dataclass
 class _Scored:
-    """An anchor with what the rankers say: scores of all keys and of the positive, and the pools to draw from."""
+    """A pair with what the rankers say: scores of all keys and of the positive, and the pools to draw from."""
 
-    anchor: Anchor
+    pair: PositivePair
     scores: list[np.ndarray]
     positive: list[float]
     pools: list[np.ndarray]
-    similar: np.ndarray
+    similar: list[int]
 
 
 @dataclass
 class Miner:
-    """Draws negatives for anchors of one data set."""
+    """Draws negatives for pairs of one data set."""
 
     beir: Beir
     rankers: Sequence[Ranker]
@@ -60,82 +58,80 @@ class Miner:
     def __post_init__(self) -> None:
         self._keys = sorted(self.beir.corpus)
         self._place = places(self._keys)
-        self._positives = {
+        self._positions = {
             query: {self._place[key] for key in (*self.beir.positives(query), query) if key in self._place}
             for query in self.beir.queries
         }
+        self._positives: dict[tuple[str, bool], Positives[int]] = {}
 
-    def mine(self, anchors: Sequence[Anchor], rng: np.random.Generator) -> Iterator[tuple[Anchor, str, float | None]]:
-        """(anchor, key id, margin) for each negative, anchor by anchor."""
+    def mine(
+        self, pairs: Sequence[PositivePair], rng: np.random.Generator
+    ) -> Iterator[tuple[PositivePair, str, float | None]]:
+        """(pair, key id, margin) for each negative, pair by pair."""
         size = max(1, BLOCK_SCORES // max(len(self._keys), 1))
-        for start in range(0, len(anchors), size):
-            part = anchors[start : start + size]
-            blocks = [ranker.block([anchor.query_id for anchor in part]) for ranker in self.rankers]
-            for row, anchor in enumerate(part):
-                scored = self._scored(anchor, [block[row] for block in blocks])
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            blocks = [ranker.block([pair.query_id for pair in part]) for ranker in self.rankers]
+            for row, pair in enumerate(part):
+                scored = self._scored(pair, [block[row] for block in blocks])
                 for position in self._negatives(scored, rng):
-                    yield anchor, self._keys[position], self._margin(scored, position)
+                    yield pair, self._keys[position], self._margin(scored, position)
 
-    def _scored(self, anchor: Anchor, rows: list[np.ndarray]) -> _Scored:
-        own, changed = self._place[anchor.key_id], anchor.text != self.beir.key_text(anchor.key_id)
+    def _scored(self, pair: PositivePair, rows: list[np.ndarray]) -> _Scored:
+        own, changed = self._place[pair.key_id], pair.text != self.beir.key_text(pair.key_id)
         positive, pools, scores = [], [], []
         for ranker, row in zip(self.rankers, rows, strict=True):
             finite = row[np.isfinite(row)]
             filled = np.where(np.isfinite(row), row, finite.min() if len(finite) else 0.0)
-            known = ranker.of_text(anchor.query_id, anchor.text) if changed else None
+            known = ranker.of_text(pair.query_id, pair.text) if changed else None
             positive.append(float(filled[own]) if known is None else known)
             window = best_positions(row, self.rules.rank_max)[self.rules.rank_min - 1 :]
             pools.append(self._kept(window, row, positive[-1]))
             scores.append(filled)
-        near = [p for query in self.similar.get(anchor.query_id, ()) for p in self._positives[query]]
-        return _Scored(anchor, scores, positive, pools, np.asarray(near, np.int64))
+        near = [p for query in self.similar.get(pair.query_id, ()) for p in self._positions[query]]
+        return _Scored(pair, scores, positive, pools, near)
 
     def _kept(self, window: np.ndarray, scores: np.ndarray, positive: float) -> np.ndarray:
         """The window without keys that score so close to the positive that they are likely positives, too."""
-        share = self.rules.max_relative_score
-        if share is None or positive <= 0:
+        limit = score_limit(positive, self.rules.max_relative_score)
+        if limit is None:
             return window
-        kept = window[scores[window] <= share * positive]
+        kept = window[scores[window] <= limit]
         self.counts["false_negatives_skipped"] += len(window) - len(kept)
         return kept
 
     def _negatives(self, scored: _Scored, rng: np.random.Generator) -> Iterator[int]:
-        anchor, taken = scored.anchor, set(self._positives[scored.anchor.query_id])
-        texts = {self._text(anchor, position) for position in taken} | {anchor.text}
+        pair = scored.pair
+        name = (pair.query_id, pair.bare)
+        if name not in self._positives:
+            self._positives[name] = Positives(self._positions[pair.query_id])
+        negatives = Negatives(self._positives[name], partial(self._text, bare=pair.bare), self.counts)
+        negatives.exclude(self._place[pair.key_id], pair.text)
         for _ in range(self.rules.per_positive):
-            position = self._draw(scored, taken, texts, rng)
-            if position is None:
+            found = negatives.draw(*self._sources(scored, rng))
+            if found is None:
                 self.counts["too_few_negatives"] += 1
                 return
-            taken.add(position)
-            texts.add(self._text(anchor, position))
-            yield position
+            yield found[0]
 
-    def _text(self, anchor: Anchor, position: int) -> str:
+    def _text(self, position: int, bare: bool) -> str:
         document = self.beir.corpus[self._keys[position]]
-        return document.text.strip() if anchor.bare else document.key
+        return document.text.strip() if bare else document.key
 
-    def _draw(self, scored: _Scored, taken: set[int], texts: set[str], rng: np.random.Generator) -> int | None:
-        """A usable key from the source that the dice choose, else (none is left there) from another."""
+    def _sources(self, scored: _Scored, rng: np.random.Generator) -> list[tuple[str, Iterator[tuple[int, None]]]]:
+        """The source that the dice choose, and those to turn to when it has no usable key."""
         dice = rng.random()
-        if dice < self.rules.random_share:
-            sources = ["random"]
-        elif dice < self.rules.random_share + self.rules.similar_share:
-            sources = ["similar", "ranks", "random"]
-        else:
-            sources = ["ranks", "random"]
-        for source in sources:
-            if source == "random":
-                tries = rng.integers(len(self._keys), size=TRIES)
-            else:
-                pools = [scored.similar] if source == "similar" else scored.pools
-                pool = pools[int(rng.integers(len(pools)))] if pools else scored.similar[:0]
-                tries = rng.permutation(pool)
-            for position in map(int, tries):
-                if position not in taken and self._text(scored.anchor, position) not in texts:
-                    self.counts[f"from_{source}"] += 1
-                    return position
-        return None
+        sources = [("random", at_random(range(len(self._keys)), rng))]
+        if dice >= self.rules.random_share:
+            sources.insert(0, ("ranks", self._ranks(scored, rng)))
+            if dice < self.rules.random_share + self.rules.similar_share:
+                sources.insert(0, ("similar", shuffled(scored.similar, rng)))
+        return sources
+
+    def _ranks(self, scored: _Scored, rng: np.random.Generator) -> Iterator[tuple[int, None]]:
+        """The window of one of the rankers."""
+        if scored.pools:
+            yield from shuffled(scored.pools[int(rng.integers(len(scored.pools)))].tolist(), rng)
 
     def _margin(self, scored: _Scored, position: int) -> float | None:
         """The rankers' weighted difference between positive and negative, scaled, within [0, margin_max]."""
@@ -146,16 +142,18 @@ class Miner:
         return round(min(max(0.0, self.rules.margin_scale * difference), self.rules.margin_max), 6)
 
 
-def choose_anchors(anchors: Sequence[Anchor], wanted: int, balance: float, rng: np.random.Generator) -> list[Anchor]:
-    """``wanted`` of the anchors (0: each once), in random order; more than there are: several rounds.
+def choose_pairs(
+    pairs: Sequence[PositivePair], count: int, balance: float, rng: np.random.Generator
+) -> list[PositivePair]:
+    """``count`` of the pairs (0: each once), in random order; more than there are: several rounds.
 
     balance 1 takes them as they are; 0 makes every key equally frequent as a positive, what is between half-way:
-    an anchor weighs count(key) ** (balance - 1).
+    a pair weighs count(key) ** (balance - 1).
     """
-    wanted = wanted or len(anchors)
+    count = count or len(pairs)
     if balance >= 1:
-        rounds = [rng.permutation(len(anchors)) for _ in range(-(-wanted // len(anchors)))]
-        return [anchors[i] for i in np.concatenate(rounds)[:wanted]]
-    count = Counter(anchor.key_id for anchor in anchors)
-    weight = np.array([count[anchor.key_id] ** (balance - 1) for anchor in anchors])
-    return [anchors[i] for i in rng.choice(len(anchors), wanted, p=weight / weight.sum())]
+        rounds = [rng.permutation(len(pairs)) for _ in range(-(-count // len(pairs)))]
+        return [pairs[i] for i in np.concatenate(rounds)[:count]]
+    frequency = Counter(pair.key_id for pair in pairs)
+    weight = np.array([frequency[pair.key_id] ** (balance - 1) for pair in pairs])
+    return [pairs[i] for i in rng.choice(len(pairs), count, p=weight / weight.sum())]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Generic, TypeVar
+
+import numpy as np
 
 TRIES = 50  # random keys that are looked at before a draw is given up
 
@@ -77,3 +79,15 @@ class Negatives(Generic[K]):
                     self._counts[f"from_{name}"] += 1
                     return key, text
         return None
+
+
+def shuffled(keys: Sequence[K], rng: np.random.Generator) -> Iterator[tuple[K, None]]:
+    """All keys in random order."""
+    for at in rng.permutation(len(keys)).tolist():
+        yield keys[at], None
+
+
+def at_random(keys: Sequence[K], rng: np.random.Generator) -> Iterator[tuple[K, None]]:
+    """`TRIES` random ones of the keys."""
+    for at in rng.integers(len(keys), size=TRIES).tolist():
+        yield keys[at], None

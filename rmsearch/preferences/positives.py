@@ -1,4 +1,4 @@
-"""Queries with a key that serves them: from qrels, from question and answer pairs, or from the corpus itself."""
+"""Queries, each with a key that serves it: from qrels, from question and answer pairs, or from the corpus itself."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from rmsearch.storage.records import read_records
 PseudoKind = Literal["none", "titles", "sentences", "both"]
 QUERY_FIELDS = ("query", "question")
 KEY_FIELDS = ("key", "positive", "answer", "text", "chosen_key")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
-_OPENING = re.compile(
-    r"^(?:(?:in conclusion|in summary|taken together|together|thus|therefore|moreover|furthermore|finally|here|overall|"
-    r"interestingly|importantly|notably|in addition|collectively|however|consequently|in contrast|additionally|"
-    r"conclusions?|interpretation|results?|findings|background|objectives?|methods?|significance)\b[\s,:]*)+",
-    re.IGNORECASE,
-)
-_FRAME = re.compile(
-    r"^(?:(?:these|this|our|the|we|it|also|present|here|study|studies|results?|data|findings?|observations?|analys[ie]s|"
-    r"evidence|experiments?|work|report|now|was|were|been|has|have|further|strongly|clearly|could|can|thereby|authors?|"
-    r"using|and)\s+){1,6}(?:suggests?|shows?|showed|shown|demonstrates?|demonstrated|indicates?|indicated|reveals?|"
-    r"revealed|finds?|found|concludes?|concluded|reports?|reported|supports?|provides?|identif(?:y|ied)|propose|"
-    r"establish(?:es)?|hypothesi[sz]ed?|observed|seen|implies|imply)\s+that\s+",
-    re.IGNORECASE,
-)
 WORDS = (6, 45)  # of a sentence that can stand as a query
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
+
+# How an English abstract leads up to what it says. Other languages do not match and keep their sentences whole.
+OPENINGS = (
+    "in conclusion|in summary|taken together|together|thus|therefore|moreover|furthermore|finally|here|overall|"
+    "interestingly|importantly|notably|in addition|collectively|however|consequently|in contrast|additionally|"
+    "conclusions?|interpretation|results?|findings|background|objectives?|methods?|significance"
+)
+REPORTERS = (
+    "these|this|our|the|we|it|also|present|here|study|studies|results?|data|findings?|observations?|analys[ie]s|"
+    "evidence|experiments?|work|report|now|was|were|been|has|have|further|strongly|clearly|could|can|thereby|authors?|"
+    "using|and"
+)
+REPORTING = (
+    "suggests?|shows?|showed|shown|demonstrates?|demonstrated|indicates?|indicated|reveals?|revealed|finds?|found|"
+    "concludes?|concluded|reports?|reported|supports?|provides?|identif(?:y|ied)|propose|establish(?:es)?|"
+    "hypothesi[sz]ed?|observed|seen|implies|imply"
+)
+_OPENING = re.compile(rf"^(?:(?:{OPENINGS})\b[\s,:]*)+", re.IGNORECASE)
+_REPORT = re.compile(rf"^(?:(?:{REPORTERS})\s+){{1,6}}(?:{REPORTING})\s+that\s+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Anchor:
+class PositivePair:
     """A query and one key that serves it. ``text`` is the key's text as it is to be trained on; ``bare`` says that
     the negatives' titles are left away too (the query is a title)."""
 
@@ -45,12 +50,12 @@ class Anchor:
     bare: bool = False
 
 
-def labelled(beir: Beir) -> list[Anchor]:
-    """One anchor per relevant (query, key) of the split."""
-    return [Anchor(query, key, beir.key_text(key)) for query in beir.queries for key in beir.positives(query)]
+def labelled_pairs(beir: Beir) -> list[PositivePair]:
+    """One pair per relevant (query, key) of the split."""
+    return [PositivePair(query, key, beir.key_text(key)) for query in beir.queries for key in beir.positives(query)]
 
 
-def from_pairs(uri: str, query_field: str | None, key_field: str | None) -> Beir:
+def read_pairs(uri: str, query_field: str | None, key_field: str | None) -> Beir:
     """A data set made of (query, key) records: keys with the same text are one key, queries with the same text one
     query. Records may carry ``query_id`` and ``key_id``. Raises RecordError ``file:row``."""
     queries: dict[str, str] = {}
@@ -85,25 +90,25 @@ def _field(record: Mapping[str, object], given: str | None, usual: tuple[str, ..
     return found
 
 
-def pseudo(beir: Beir, kind: PseudoKind, per_key: int, seed: int) -> tuple[Beir, list[Anchor]]:
+def pseudo_queries(beir: Beir, kind: PseudoKind, per_key: int, seed: int) -> tuple[Beir, list[PositivePair]]:
     """Queries taken from the corpus itself (no labels needed): a key's title, and up to ``per_key`` of its sentences
     (last ones first: they often state the finding), each with that key without the sentence as its positive, as in the
-    inverse cloze task (Lee et al. 2019, arXiv:1906.00300). Openings such as "These results suggest that" are dropped.
+    inverse cloze task (Lee et al. 2019, arXiv:1906.00300), and as `as_claim` leaves it.
 
-    Returns a data set with these queries and its anchors.
+    Returns a data set with these queries, and their pairs.
     """
     queries: dict[str, str] = {}
-    anchors: list[Anchor] = []
+    pairs: list[PositivePair] = []
     rng = np.random.default_rng(seed)
     for key_id, document in beir.corpus.items():
         for i, (query, text, bare) in enumerate(_queries_of(document, kind, per_key, rng)):
             query_id = f"{key_id}#{i}"
             queries[query_id] = query
-            anchors.append(Anchor(query_id, key_id, text, bare))
-    if not anchors:
+            pairs.append(PositivePair(query_id, key_id, text, bare))
+    if not pairs:
         raise ConfigError("no key gave a query", where="--pseudo-queries", remedy="The keys need titles or sentences")
-    qrels = {anchor.query_id: {anchor.key_id: 1} for anchor in anchors}
-    return Beir(beir.name, "pseudo", queries, beir.corpus, qrels), anchors
+    qrels = {pair.query_id: {pair.key_id: 1} for pair in pairs}
+    return Beir(beir.name, "pseudo", queries, beir.corpus, qrels), pairs
 
 
 def _queries_of(
@@ -127,7 +132,8 @@ def _queries_of(
 
 
 def as_claim(sentence: str) -> str:
-    """A sentence without its opening ("In conclusion, our data show that …") and its asides in brackets."""
-    bare = _FRAME.sub("", _OPENING.sub("", sentence.strip()))
+    """A sentence without brackets and the openings of English abstracts: "In conclusion, our data show that X (n=3) is
+    Y." gives "X is Y." All of `OPENINGS` go first, then up to six of `REPORTERS` with one of `REPORTING` and "that"."""
+    bare = _REPORT.sub("", _OPENING.sub("", sentence.strip()))
     bare = re.sub(r"\s*\([^)]*\)", "", bare)
     return bare[:1].upper() + bare[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import main
+from rmsearch.cli import main
 from rmsearch.train.adpo_lora import AdpoConfig, adpo_lora
 
 __all__ = ["AdpoConfig", "adpo_lora"]

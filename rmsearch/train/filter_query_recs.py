@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES, TYPE_NAMES, QueryRecord
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import EngineFlags
-from rmsearch.stage import Run, StageConfig, main, model, option, source, stage, target
+from rmsearch.stage import Run, StageConfig, model, option, source, stage, target
 
 if TYPE_CHECKING:
     from rmsearch.llm.languages import Languages

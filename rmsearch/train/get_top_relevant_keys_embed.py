@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.corpus_search import (
     KeyTexts,
@@ -14,7 +15,7 @@ from rmsearch.retrieval.corpus_search import (
     relevance_records,
 )
 from rmsearch.retrieval.vectors import TextsToEmbed, nearest, product
-from rmsearch.stage import Run, main, option, stage, target, tuning
+from rmsearch.stage import Run, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import write_records
 

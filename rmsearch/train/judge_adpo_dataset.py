@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import AdvancedSet
 from rmsearch.preferences.judges import Comparison, Contest, Judged, decided_by, judged
 from rmsearch.preferences.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
 from rmsearch.preferences.verdicts import Verdict, without_circles
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.stage import Run, option, stage
 from rmsearch.storage.records import read_models
 
 

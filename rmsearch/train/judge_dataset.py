@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import SampledSet
 from rmsearch.preferences.judges import Comparison, Contest, decided_by, judged
 from rmsearch.preferences.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
 from rmsearch.preferences.verdicts import Verdict
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.stage import Run, option, stage
 from rmsearch.storage.records import read_models
 
 

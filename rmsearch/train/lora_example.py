@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import main
+from rmsearch.cli import main
 from rmsearch.train.lora import LoraConfig, lora
 
 __all__ = ["LoraConfig", "lora"]

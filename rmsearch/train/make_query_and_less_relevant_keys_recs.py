@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import KeyLadder
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError
@@ -24,7 +25,7 @@ from rmsearch.preferences.ladders import (
     string,
     strings,
 )
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English text has, so that an answer ends before --max-tokens
 LENGTH_ASKED = 0.1  # how far from the row's length the instruction lets a key go

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import main
+from rmsearch.cli import main
 from rmsearch.train.make_query_and_less_relevant_keys_recs import make_query_and_less_relevant_keys_recs
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import AdvancedRow, QueryChoices, QueryLadder
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError
@@ -23,7 +24,7 @@ from rmsearch.preferences.ladders import (
     require_language,
     strings,
 )
-from rmsearch.stage import Run, ignored, main, option, stage
+from rmsearch.stage import Run, ignored, option, stage
 
 LONG_ANSWERS = 6000  # tokens, of variant 3
 

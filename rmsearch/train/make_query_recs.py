@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
 from rmsearch.llm.asking import GeneratorFlags, Question, ask
 from rmsearch.llm.instructions import instruction
-from rmsearch.stage import Run, main, option, source, stage, target
+from rmsearch.stage import Run, option, source, stage, target
 
 if TYPE_CHECKING:
     from rmsearch.engines.generation import Generation

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+
+from rmsearch.cli import main
+from rmsearch.datasets.beir import Beir
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import DatasetFlags, note_dataset
-from rmsearch.stage import Run, main, option, source, stage, target
+from rmsearch.preferences.negatives import Negatives, Positives, at_random, same_text, shuffled
+from rmsearch.stage import Run, option, source, stage, target
 from rmsearch.storage.records import read_models, write_records
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.datasets.beir import Beir
-
-TRIES = 100
 
 
 class TestSetConfig(DatasetFlags):
@@ -34,7 +32,7 @@ class TestSetConfig(DatasetFlags):
     output_queries: str = target("query_recs.json", "Query records.")
     query_type: str = option("arguana-normal", "The records' query-type.", min_length=1)
     n_sample: int | None = option(None, "Take so many queries at random; by default all.", ge=1)
-    random_seed: int = option(42, "Of all choices; the same seed gives the same files.", ge=0)
+    random_seed: int = option(42, "Seed of the random draws; the same seed gives the same files.", ge=0)
 
 
 NEXT = (
@@ -48,10 +46,9 @@ def make_test_set(config: TestSetConfig, run: Run) -> None:
 
     For every query of the split and every key that its qrels call relevant: a row of --output-csv and a pair in which
     that key is chosen. Rejected is a random one of the keys retrieved for the query (--relevance-json), else of the
-    corpus: never a relevant one, never one with the text of the query or of a relevant key. No judge is asked.
+    corpus: never a relevant one, never one with the text of the query or of a relevant
+    key (case and white space apart). No judge is asked.
     """
-    import numpy as np
-
     beir = config.load()
     note_dataset(run, beir)
     retrieved = _retrieved(config.relevance_json, beir) if config.relevance_json else {}
@@ -59,9 +56,12 @@ def make_test_set(config: TestSetConfig, run: Run) -> None:
     queries = _sampled([query for query in beir.queries if beir.positives(query)], config.n_sample, rng)
     if not queries:
         raise ConfigError(f"the split {beir.split!r} has no relevant pair", where=config.dataset_path)
-    drawer = _Drawer(beir, sorted(beir.corpus), retrieved, rng)
-    judged = {query: list(drawer.pairs(query, config.query_type)) for query in queries}
-    pairs = [pair for found in judged.values() for pair in found]
+    counts, keys = Counter[str](), sorted(beir.corpus)
+    pairs = [
+        pair
+        for query in queries
+        for pair in _pairs(beir, query, config.query_type, retrieved.get(query, ()), keys, rng, counts)
+    ]
     if not pairs:
         problem = "no relevant key differs from its query, or no other key is left to reject"
         raise ConfigError(problem, where=config.dataset_path, remedy="Give a larger corpus")
@@ -69,7 +69,9 @@ def make_test_set(config: TestSetConfig, run: Run) -> None:
     write_records(config.output_queries, _query_records(beir, queries, config.query_type))
     write_records(config.output, (pair.model_dump(mode="json", exclude_none=True) for pair in pairs))
     run.counts |= {"queries": len(queries), "pairs": len(pairs)}
-    run.counts |= {name: count for name, count in drawer.counts.items() if count}
+    run.counts |= {name: count for name in ("self_matches", "without_rejected") if (count := counts[name])}
+    if retrieved and counts["from_random"]:
+        run.counts["rejected_at_random"] = counts["from_random"]
 
 
 def _retrieved(uri: str, beir: Beir) -> dict[str, list[str]]:
@@ -104,57 +106,42 @@ def _sampled(queries: list[str], size: int | None, rng: np.random.Generator) -> 
     return [queries[at] for at in sorted(rng.choice(len(queries), size, replace=False).tolist())]
 
 
-@dataclass
-class _Drawer:
-    """Draws a rejected key for each relevant one."""
-
-    beir: Beir
-    keys: Sequence[str]
-    retrieved: Mapping[str, Sequence[str]]
-    rng: np.random.Generator
-
-    def __post_init__(self) -> None:
-        self.counts = {"self_matches": 0, "rejected_at_random": 0, "without_rejected": 0}
-
-    def pairs(self, query: str, query_type: str) -> Iterator[PreferencePair]:
-        """One pair for each relevant key of the query that is not the query itself."""
-        text = self.beir.queries[query]
-        taken = {query, *self.beir.positives(query)}
-        texts = {text.strip(), *(self.beir.key_text(key) for key in self.beir.positives(query))}
-        for chosen in self.beir.positives(query):
-            if chosen == query or self.beir.key_text(chosen) == text.strip():
-                self.counts["self_matches"] += 1
-                continue
-            rejected = self._rejected(query, taken, texts)
-            if rejected is None:
-                self.counts["without_rejected"] += 1
-                continue
-            yield PreferencePair(
-                query=text,
-                chosen_key=self.beir.key_text(chosen),
-                rejected_key=self.beir.key_text(rejected),
-                query_id=query,
-                chosen_key_id=chosen,
-                rejected_key_id=rejected,
-                query_type=query_type,
-                source="labels",
-            )
-
-    def _rejected(self, query: str, taken: set[str], texts: set[str]) -> str | None:
-        """A retrieved key that may be rejected; where there is none a random one; None when the corpus has none."""
-        found = [key for key in self.retrieved.get(query, ()) if self._usable(key, taken, texts)]
-        if found:
-            return found[int(self.rng.integers(len(found)))]
-        if self.retrieved:
-            self.counts["rejected_at_random"] += 1
-        for at in self.rng.integers(len(self.keys), size=TRIES).tolist():
-            if self._usable(self.keys[at], taken, texts):
-                return self.keys[at]
-        left = [key for key in self.keys if self._usable(key, taken, texts)]  # nearly all are relevant
-        return left[int(self.rng.integers(len(left)))] if left else None
-
-    def _usable(self, key: str, taken: set[str], texts: set[str]) -> bool:
-        return key not in taken and self.beir.key_text(key) not in texts
+def _pairs(
+    beir: Beir,
+    query: str,
+    query_type: str,
+    retrieved: Sequence[str],
+    keys: Sequence[str],
+    rng: np.random.Generator,
+    counts: Counter[str],
+) -> Iterator[PreferencePair]:
+    """One pair for each relevant key of the query that is not the query itself. Rejected is a retrieved key; where none
+    may be, a random one."""
+    text, relevant = beir.queries[query], beir.positives(query)
+    positives = Positives(relevant)
+    for chosen in relevant:
+        if chosen == query or same_text(beir.key_text(chosen)) == same_text(text):
+            counts["self_matches"] += 1
+            continue
+        negatives = Negatives(positives, beir.key_text, counts)
+        negatives.exclude(query, text)
+        anywhere = (at_random(keys, rng), shuffled(keys, rng))  # the second for when nearly all are relevant
+        rejected = negatives.draw(
+            ("retrieved", shuffled(retrieved, rng)), *(("random", candidates) for candidates in anywhere)
+        )
+        if rejected is None:
+            counts["without_rejected"] += 1
+            continue
+        yield PreferencePair(
+            query=text,
+            chosen_key=beir.key_text(chosen),
+            rejected_key=rejected[1],
+            query_id=query,
+            chosen_key_id=chosen,
+            rejected_key_id=rejected[0],
+            query_type=query_type,
+            source="labels",
+        )
 
 
 def _table(beir: Beir, queries: Sequence[str]) -> Iterator[dict[str, Any]]:

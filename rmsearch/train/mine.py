@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from pydantic import field_validator
 
+from rmsearch.cli import main
+from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, count_missing_keys
-from rmsearch.preferences.positives import Anchor, PseudoKind
-from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
+from rmsearch.preferences.mining import Miner, Rules, choose_pairs
+from rmsearch.preferences.positives import PositivePair, PseudoKind, labelled_pairs, pseudo_queries, read_pairs
+from rmsearch.retrieval.rankers import (
+    Bm25Ranker,
+    CentroidRanker,
+    Ranker,
+    VectorRanker,
+    embed_all,
+    read_rankings,
+    similar_queries,
+)
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
+from rmsearch.storage.records import write_records
 
 
 class MineConfig(DatasetFlags):
@@ -20,7 +35,11 @@ class MineConfig(DatasetFlags):
     pairs: str | None = source(None, "File of (query, key) records in place of a data set: .jsonl, .csv, .parquet …")
     query_field: str | None = option(None, "Its query field; default: query or question.")
     key_field: str | None = option(None, "Its key field; default: key, positive, answer or text.")
-    pseudo_queries: PseudoKind = option("none", "Take queries from the keys: titles, sentences or both; no labels.")
+    pseudo_queries: PseudoKind = option(
+        "none",
+        "Take queries from the keys: titles, sentences or both; no labels. Sentences lose brackets and the openings of "
+        'English abstracts ("These results suggest that").',
+    )
     pseudo_per_key: int = option(4, "Sentences taken from one key at most.", ge=1)
 
     runs: list[str] | None = source(None, "First-stage runs over the split (embed's or bm25's --output or eval file).")
@@ -57,7 +76,7 @@ class MineConfig(DatasetFlags):
         ge=0,
     )
     margin_max: float = option(6.0, "Largest margin.", gt=0)
-    seed: int = option(42, "Of all choices.", ge=0)
+    seed: int = option(42, "Seed of the random draws.", ge=0)
 
     @field_validator("runs", "run_weights", mode="before")
     @classmethod
@@ -74,48 +93,43 @@ def mine(config: MineConfig, run: Run) -> None:
 
     Positives come from a data set's qrels, from a file of (query, key) records, or from the corpus itself. Negatives
     come from a window of ranks of one or more first stages, from similar queries' positives, and at random. Keys that
-    are labelled positive, have the text of one, or that the first stage scores close to the positive are left out.
+    are labelled positive, have the text of one (case and white space apart), or that the first stage scores close to
+    the positive are left out.
     The same seed gives the same file. For dev pairs give --split dev.
     """
-    import numpy as np
-
-    from rmsearch.preferences.mining import Miner, Rules, choose_anchors
-    from rmsearch.storage.records import write_records
-
     _check(config)
-    beir, anchors = _anchors(config)
+    beir, positives = _positives(config)
     count_missing_keys(run, beir)
     rng = np.random.default_rng(config.seed)
-    found = len(anchors)
-    anchors = choose_anchors(anchors, config.positives, config.balance, rng)
-    rankings, similar = _rankings(config, run, beir, anchors)
-    weights = config.run_weights or [1.0] * len(rankings)
-    if len(weights) != len(rankings):
-        raise ConfigError(f"{len(weights)} weights for {len(rankings)} rankings", where="--run-weights")
+    chosen = choose_pairs(positives, config.positives, config.balance, rng)
+    rankers, similar = _rankers(config, run, beir, chosen)
+    weights = config.run_weights or [1.0] * len(rankers)
+    if len(weights) != len(rankers):
+        raise ConfigError(f"{len(weights)} weights for {len(rankers)} rankings", where="--run-weights")
     rules = Rules(
         per_positive=config.negatives_per_positive,
         rank_min=config.rank_min,
         rank_max=config.rank_max,
-        random_share=config.random_share if rankings else 1.0,
+        random_share=config.random_share if rankers else 1.0,
         similar_share=config.similar_query_share,
-        max_relative_score=config.max_relative_score or None,
+        max_relative_score=config.max_relative_score,
         margin_scale=config.margin_scale,
         margin_max=config.margin_max,
         weights=weights,
     )
-    miner = Miner(beir, rankings, similar, rules)
-    with run.progress(len(anchors), "positives") as bar:
+    miner = Miner(beir, rankers, similar, rules)
+    with run.progress(len(chosen), "positives") as bar:
 
-        def pairs() -> Iterator[dict[str, Any]]:
+        def records() -> Iterator[dict[str, Any]]:
             last = None
-            for anchor, key, margin in miner.mine(anchors, rng):
-                if anchor is not last:
+            for pair, key, margin in miner.mine(chosen, rng):
+                if pair is not last:
                     bar.advance(1)
-                    last = anchor
-                yield _record(beir, anchor, key, margin)
+                    last = pair
+                yield _record(beir, pair, key, margin)
 
-        written = write_records(config.output, pairs())
-    run.counts |= {"pairs": written, "positives": len(anchors), "positives_found": found}
+        written = write_records(config.output, records())
+    run.counts |= {"pairs": written, "positives": len(chosen), "positives_found": len(positives)}
     run.counts |= dict(sorted(miner.counts.items()))
 
 
@@ -135,37 +149,27 @@ def _check(config: MineConfig) -> None:
         raise ConfigError("a run file knows only a data set's own queries", where="--runs", remedy=remedy)
 
 
-def _anchors(config: MineConfig) -> tuple[Any, list[Anchor]]:
-    from rmsearch.preferences.positives import from_pairs, labelled, pseudo
-
-    beir = from_pairs(config.pairs, config.query_field, config.key_field) if config.pairs else config.load()
+def _positives(config: MineConfig) -> tuple[Beir, list[PositivePair]]:
+    beir = read_pairs(config.pairs, config.query_field, config.key_field) if config.pairs else config.load()
     if config.pseudo_queries != "none":
-        return pseudo(beir, config.pseudo_queries, config.pseudo_per_key, config.seed)
-    anchors = labelled(beir)
-    if not anchors:
+        return pseudo_queries(beir, config.pseudo_queries, config.pseudo_per_key, config.seed)
+    pairs = labelled_pairs(beir)
+    if not pairs:
         raise ConfigError(f"the split {config.split!r} has no relevant pair", where=config.dataset_path)
-    return beir, anchors
+    return beir, pairs
 
 
-def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]) -> tuple[list[Any], dict[str, Any]]:
-    from dataclasses import replace
-
-    from rmsearch.retrieval.rankers import (
-        Bm25Ranker,
-        CentroidRanker,
-        VectorRanker,
-        embed_all,
-        read_rankings,
-        similar_queries,
-    )
-
+def _rankers(
+    config: MineConfig, run: Run, beir: Beir, pairs: Sequence[PositivePair]
+) -> tuple[list[Ranker], Mapping[str, Sequence[str]]]:
+    """The first stages, and similar queries by query id."""
     if not (config.similar_query_share or config.centroids):  # only queries that are used need a ranking
-        asked = {anchor.query_id for anchor in anchors}
+        asked = {pair.query_id for pair in pairs}
         beir = replace(beir, queries={query: text for query, text in beir.queries.items() if query in asked})
-    rankers: list[Any] = read_rankings(config.runs or [], beir)
-    similar: dict[str, Any] = {}
+    rankers = read_rankings(config.runs or [], beir)
+    similar: Mapping[str, Sequence[str]] = {}
     if config.model_name:
-        changed = dict.fromkeys(a.text for a in anchors if a.text != beir.key_text(a.key_id))
+        changed = dict.fromkeys(pair.text for pair in pairs if pair.text != beir.key_text(pair.key_id))
         vectors = embed_all(beir, config.model_name, list(changed), run, config.cache_dir)
         rankers.append(VectorRanker(config.model_name, beir, vectors))
         if config.similar_query_share:
@@ -177,14 +181,14 @@ def _rankings(config: MineConfig, run: Run, beir: Any, anchors: Sequence[Anchor]
     return rankers, similar
 
 
-def _record(beir: Any, anchor: Anchor, key: str, margin: float | None) -> dict[str, Any]:
+def _record(beir: Beir, pair: PositivePair, key: str, margin: float | None) -> dict[str, Any]:
     document = beir.corpus[key]
     record = {
-        "query": beir.queries[anchor.query_id],
-        "chosen_key": anchor.text,
-        "rejected_key": document.text.strip() if anchor.bare else document.key,
-        "query_id": anchor.query_id,
-        "chosen_key_id": anchor.key_id,
+        "query": beir.queries[pair.query_id],
+        "chosen_key": pair.text,
+        "rejected_key": document.text.strip() if pair.bare else document.key,
+        "query_id": pair.query_id,
+        "chosen_key_id": pair.key_id,
         "rejected_key_id": key,
     }
     return record if margin is None else record | {"margin": margin}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import AdvancedSet
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags
 from rmsearch.preferences.sampling import Sampler, or_refuse, sampled
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 from rmsearch.storage.records import write_records
 
 

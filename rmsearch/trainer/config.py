@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
 from rmsearch.prompts.templates import Order
-from rmsearch.stage import StageConfig, ignored, model, option, source, target, tuning
+from rmsearch.stage import StageConfig, fields_with_role, ignored, model, option, source, target, tuning
 from rmsearch.trainer.losses import Loss
 
 
@@ -102,3 +102,8 @@ class TrainingConfig(StageConfig):
         if self.lora_r:
             return 5e-4 if encoder else 1e-4
         return 5e-5 if encoder else 1e-5
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        skipped = {*fields_with_role(type(self), "tuning"), *fields_with_role(type(self), "target")}
+        return self.model_dump(mode="json", exclude=skipped)

@@ -11,7 +11,7 @@ import pytest
 from fake_models import use_fakes
 from tiny_sets import write_beir
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.bm25 import bm25

@@ -16,8 +16,8 @@ from rmsearch.datasets.beir import Beir, Document
 from rmsearch.datasets.records import read_preferences
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.embed import embed
-from rmsearch.preferences.mining import Miner, Rules, choose_anchors
-from rmsearch.preferences.positives import Anchor, as_claim, from_pairs, pseudo
+from rmsearch.preferences.mining import Miner, Rules, choose_pairs
+from rmsearch.preferences.positives import PositivePair, as_claim, pseudo_queries, read_pairs
 from rmsearch.retrieval.first_stage import best_positions
 from rmsearch.retrieval.rankers import (
     Bm25Ranker,
@@ -37,7 +37,7 @@ RULES: dict[str, Any] = {
     "rank_max": 10,
     "random_share": 0.0,
     "similar_share": 0.0,
-    "max_relative_score": None,
+    "max_relative_score": 0.0,
     "margin_scale": 0.0,
     "margin_max": 5.0,
     "weights": [1.0],
@@ -64,8 +64,8 @@ def drawn(
     data = Beir("x", "train", {"q": "query"}, corpus, {"q": positives})
     ranker = RunRanker("first", {"q": ranking}, places(sorted(corpus)))
     miner = Miner(data, [ranker], {}, Rules(**(RULES | rules)))
-    anchors = [Anchor("q", "k0", "text 0")] * draws
-    return Counter(key for _, key, _ in miner.mine(anchors, np.random.default_rng(0)))
+    pairs = [PositivePair("q", "k0", "text 0")] * draws
+    return Counter(key for _, key, _ in miner.mine(pairs, np.random.default_rng(0)))
 
 
 RANKING = {"k1": 0.95, "k0": 0.9, "copy": 0.89, "k2": 0.8, "k3": 0.7, "k4": 0.6, "k5": 0.5}
@@ -87,6 +87,21 @@ def test_random_negatives_have_their_share() -> None:
     assert 0.3 < far / sum(found.values()) < 0.5 and "k0" not in found and "copy" not in found
 
 
+def test_no_negative_is_its_positive_in_capitals_or_other_white_space(tmp_path: Path) -> None:
+    texts = {"a": "Salt harms mice", "b": "SALT HARMS MICE", "c": "salt  harms\nmice", "d": "Trains run late"}
+    titled = {"e": "Salt", "f": "SALT"}  # two titles above the text of a
+    corpus = [{"_id": key, "text": text} for key, text in texts.items()]
+    corpus += [{"_id": key, "title": title, "text": "Harms mice"} for key, title in titled.items()]
+    data = tmp_path / "data"
+    (data / "qrels").mkdir(parents=True)
+    (data / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    (data / "queries.jsonl").write_text('{"_id": "q", "text": "does salt harm mice?"}\n')
+    (data / "qrels" / "train.tsv").write_text("q\ta\t1\n")
+    out = str(tmp_path / "pairs.jsonl")
+    execute(mine, dataset_path=str(data), bm25=True, negatives_per_positive=6, positives=20, output=out)
+    assert {record.rejected_key for record in read_preferences(out)} == {"Trains run late"}
+
+
 def test_margins_are_weighted_score_differences() -> None:
     corpus = {key: Document("", key) for key in RANKING}
     data = Beir("x", "train", {"q": "query"}, corpus, {"q": {"k0": 1}})
@@ -97,7 +112,7 @@ def test_margins_are_weighted_score_differences() -> None:
     )
     rules = Rules(**(RULES | {"margin_scale": 10.0, "weights": [1.0, 0.1], "per_positive": 6}))
     miner = Miner(data, [first, second], {}, rules)
-    margins = {key: margin for _, key, margin in miner.mine([Anchor("q", "k0", "k0")], np.random.default_rng(0))}
+    margins = {key: margin for _, key, margin in miner.mine([PositivePair("q", "k0", "k0")], np.random.default_rng(0))}
     assert margins["k2"] == pytest.approx(10 * (0.1 + 0.1 * 3))
     assert margins["k1"] == pytest.approx(10 * (-0.05 + 0.1 * 4))  # not in the second run: its lowest score
     assert all(margin is not None and 0 <= margin <= 5 for margin in margins.values())
@@ -141,13 +156,13 @@ def test_changed_texts_have_their_own_similarity() -> None:
 
 
 def test_balance_makes_keys_equally_frequent() -> None:
-    anchors = [Anchor(f"q{i}", "often" if i < 90 else "rare", "t") for i in range(100)]
+    pairs = [PositivePair(f"q{i}", "often" if i < 90 else "rare", "t") for i in range(100)]
     rng = np.random.default_rng(0)
-    even = Counter(a.key_id for a in choose_anchors(anchors, 2000, 0.0, rng))
+    even = Counter(a.key_id for a in choose_pairs(pairs, 2000, 0.0, rng))
     assert 0.4 < even["rare"] / 2000 < 0.6
-    as_is = choose_anchors(anchors, 250, 1.0, rng)
+    as_is = choose_pairs(pairs, 250, 1.0, rng)
     assert max(Counter(a.query_id for a in as_is).values()) == 3
-    assert Counter(a.query_id for a in choose_anchors(anchors, 0, 1.0, rng)) == {f"q{i}": 1 for i in range(100)}
+    assert Counter(a.query_id for a in choose_pairs(pairs, 0, 1.0, rng)) == {f"q{i}": 1 for i in range(100)}
 
 
 def test_from_runs_the_same_seed_gives_the_same_file(beir: Path, tmp_path: Path) -> None:
@@ -194,11 +209,11 @@ def test_vectors_are_kept_for_other_runs_and_taken_from_those_of_embed(beir: Pat
 def test_a_corpus_alone_gives_titles_and_sentences_as_queries() -> None:
     text = "We looked at mice in a cage. They ate salt for a long week (n=3). In conclusion, we found that salt kills."
     corpus = {"d": Document("Salt and the health of mice", text), "e": Document("", "Too short.")}
-    data, anchors = pseudo(Beir("x", "train", {}, corpus, {}), "both", 2, seed=0)
-    queries = [data.queries[anchor.query_id] for anchor in anchors]
-    assert queries[0] == "Salt and the health of mice" and anchors[0].bare and anchors[0].text == text
-    assert len(anchors) == 3 - 1 or "Salt kills." not in queries  # too short a claim is left out
-    assert all(anchor.text != corpus["d"].key for anchor in anchors)
+    data, pairs = pseudo_queries(Beir("x", "train", {}, corpus, {}), "both", 2, seed=0)
+    queries = [data.queries[pair.query_id] for pair in pairs]
+    assert queries[0] == "Salt and the health of mice" and pairs[0].bare and pairs[0].text == text
+    assert len(pairs) == 3 - 1 or "Salt kills." not in queries  # too short a claim is left out
+    assert all(pair.text != corpus["d"].key for pair in pairs)
     assert "They ate salt for a long week." in queries
 
 
@@ -252,9 +267,9 @@ def test_pairs_files_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"a": "x", "answer": "y"}\n')
     with pytest.raises(RecordError, match="--query-field"):
-        from_pairs(str(path), None, None)
+        read_pairs(str(path), None, None)
     with pytest.raises(RecordError, match="no field 'b'"):
-        from_pairs(str(path), "b", None)
+        read_pairs(str(path), "b", None)
     path.write_text('{"query": "x", "answer": "y"}\n{"query": "x", "answer": " "}\n')
     with pytest.raises(RecordError, match=r"pairs\.jsonl:1: answer is empty"):
-        from_pairs(str(path), None, None)
+        read_pairs(str(path), None, None)
