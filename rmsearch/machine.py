@@ -75,11 +75,12 @@ class Line:
 
 def machine_lines() -> list[Line]:
     """Python, cores, memory, disk."""
-    version, cores = platform.python_version(), free_cores()
+    version = platform.python_version()
     good = sys.version_info >= (3, 11)
+    cores = free_cores()
     lines = [
         Line("ok" if good else "fail", "python", f"{version} ({sys.executable})", "Use Python 3.11 or newer"),
-        Line("ok", "cores", f"{cores.number} usable ({cores.source}), {platform.machine()}{_bf16_note()}"),
+        Line("ok", "cores", f"{cores.number} for threads ({cores.source}), {platform.machine()}{_bf16_note()}"),
     ]
     memory = memory_available()
     if memory is not None:
