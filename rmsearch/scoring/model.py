@@ -19,7 +19,8 @@ from rmsearch.engines.scheduler import PairScorer
 from rmsearch.errors import ModelError
 from rmsearch.models.folder import PACKAGED_NAMES
 from rmsearch.models.resolve import require_template
-from rmsearch.prompts.renderer import Renderer, Template, template, template_hash
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import Template, template, template_hash
 from rmsearch.scoring.journaled import PairEntries, Put, digest_names, in_thread, score_journaled
 from rmsearch.storage import uri
 from rmsearch.storage.journal import Journal, journal_key
