@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rmsearch.datasets.download import ensure_downloaded
-from rmsearch.datasets.sources import Files, Row, ZipFiles, folder_files, lines, one_file, rows
+from rmsearch.datasets.sources import Files, SourceRow, ZipFiles, folder_files, lines, one_file, rows
 from rmsearch.errors import ConfigError, InputMissingError, RecordError
 from rmsearch.progress import say
 from rmsearch.storage import uri as storage
@@ -215,7 +215,7 @@ def _corpus(places: list[tuple[Files, str]]) -> Iterator[tuple[str, Document]]:
         yield identity, Document(row.text("title", default=""), row.text("text"))
 
 
-def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[Row, str]]:
+def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[SourceRow, str]]:
     """Rows with their ids; an id that is empty or comes twice is an error, and so is a file without rows."""
     seen: set[str] = set()
     for files, name in places:
@@ -257,7 +257,7 @@ def _qrels(
     return judged
 
 
-def _qrel_rows(files: Files, name: str) -> Iterator[Row]:
+def _qrel_rows(files: Files, name: str) -> Iterator[SourceRow]:
     """Rows with the fields of `QRELS_HEADER`; tsv and text files may lack the header or have TREC's four columns."""
     if not re.search(r"\.(tsv|txt|qrels|trec|qrel)(\.gz)?$", name):
         yield from rows(files, name)
@@ -273,10 +273,10 @@ def _qrel_rows(files: Files, name: str) -> Iterator[Row]:
             if len(fields) != 3:
                 problem = f"has {len(fields)} columns, not 3 (query-id, corpus-id, score) or 4 (TREC)"
                 raise RecordError(problem, where=where, remedy="Separate the columns by tabs")
-            yield Row(where, dict(zip(QRELS_HEADER, fields, strict=True)))
+            yield SourceRow(where, dict(zip(QRELS_HEADER, fields, strict=True)))
 
 
-def _grade(row: Row) -> int:
+def _grade(row: SourceRow) -> int:
     value = row.values.get("score")
     try:
         grade = float(value)  # type: ignore[arg-type]

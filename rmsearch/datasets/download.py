@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from rmsearch.errors import AccessError, ConfigError, InputMissingError, RetryableError
 from rmsearch.progress import progress, say
+from rmsearch.storage.folders import cache_folder
 
 BASE_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 BASE_URL_VARIABLE = "RMSEARCH_BEIR_URL"
@@ -38,8 +39,8 @@ MD5 = {
 }
 
 
-class _Again(Exception):
-    """A failure that another try may mend."""
+class _TransientFailure(Exception):
+    """What another try may mend: network faults, 429, 5xx, a short body, a wrong checksum."""
 
 
 def ensure_downloaded(dataset: str) -> Path:
@@ -48,8 +49,6 @@ def ensure_downloaded(dataset: str) -> Path:
     A path (``/data/scifact``) is filled at that path; a bare name goes to the cache and is downloaded once. The set is
     the one named by the last part. Raises InputMissingError (no set of that name), RetryableError (host unreachable).
     """
-    from rmsearch.storage.folders import cache_folder
-
     is_path = "/" in dataset
     name = PurePosixPath(dataset).name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -88,11 +87,11 @@ def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
     wait = wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=8, jitter=FIRST_WAIT_SECONDS)
     try:
         for attempt in Retrying(
-            stop=stop_after_attempt(TRIES), wait=wait, retry=retry_if_exception_type(_Again), reraise=True
+            stop=stop_after_attempt(TRIES), wait=wait, retry=retry_if_exception_type(_TransientFailure), reraise=True
         ):
             with attempt:
                 _fetch_once(url, archive, md5, asked)
-    except _Again as error:
+    except _TransientFailure as error:
         remedy = (
             f"Try again later, set {BASE_URL_VARIABLE} to a mirror, or download it by hand and give the folder or .zip"
         )
@@ -100,14 +99,14 @@ def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
 
 
 def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
-    """One try. Raises `_Again` for network faults, 429, 5xx, a short body or a wrong checksum."""
+    """One try. Raises `_TransientFailure`."""
     import httpx
 
     state, received = hashlib.md5(usedforsecurity=False), 0
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=httpx.Timeout(30)) as response:
             if response.status_code in (429, *range(500, 600)):
-                raise _Again(f"HTTP {response.status_code}")
+                raise _TransientFailure(f"HTTP {response.status_code}")
             if response.status_code != 200:
                 problem = (
                     f"no such file or folder, and no BEIR set of that name (HTTP {response.status_code} from {url})"
@@ -123,11 +122,11 @@ def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise ConfigError(f"is not a usable URL ({error})", where=url, remedy=f"Correct {BASE_URL_VARIABLE}") from None
     except httpx.HTTPError as error:
-        raise _Again(str(error) or type(error).__name__) from None
+        raise _TransientFailure(str(error) or type(error).__name__) from None
     if length is not None and received != int(length):
-        raise _Again(f"{received} of {length} bytes came")
+        raise _TransientFailure(f"{received} of {length} bytes came")
     if md5 is not None and state.hexdigest() != md5:
-        raise _Again(f"md5 {state.hexdigest()}, published {md5}")
+        raise _TransientFailure(f"md5 {state.hexdigest()}, published {md5}")
 
 
 def _unpack(archive: Path, folder: Path, name: str, url: str) -> Path:
