@@ -179,7 +179,7 @@ def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files
         return [one_file(given)]
     assert files is not None
     pattern = re.compile(rf"{kind}{_SUFFIXES}|{kind}/[^/]+{_SUFFIXES}")
-    if not (found := [name for name in files.names if pattern.fullmatch(name)]):
+    if not (matching := [name for name in files.names if pattern.fullmatch(name)]):
         parts = sorted({n.rpartition("/")[0] for n in files.names if n.endswith("/corpus.jsonl")})
         remedy = (
             f"Name one of its parts: {', '.join(parts)}"
@@ -187,17 +187,17 @@ def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files
             else f"A data set has {kind}.jsonl or {kind}/*.parquet"
         )
         raise InputMissingError(f"has no {kind}.jsonl", where=files.place, remedy=remedy)
-    flat = [name for name in found if "/" not in name]
-    return [(files, name) for name in (flat[:1] or found)]
+    flat = [name for name in matching if "/" not in name]
+    return [(files, name) for name in (flat[:1] or matching)]
 
 
 def _split_places(files: Files | None, split: str) -> list[tuple[Files, str]]:
     """The files that hold the qrels of a split."""
     assert files is not None
     of_a_split = re.compile(rf"(qrels|default|data)/(?P<split>[^/]+?)(-\d+-of-\d+)?({_SUFFIXES}|\.tsv(\.gz)?)")
-    found = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
-    if not (names := [name for its, name in found if its == split]):
-        splits = ", ".join(sorted({its for its, _ in found})) or "none"
+    candidates = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
+    if not (names := [name for of_file, name in candidates if of_file == split]):
+        splits = ", ".join(sorted({of_file for of_file, _ in candidates})) or "none"
         raise InputMissingError(
             f"has no qrels for the split {split!r}", where=files.place, remedy=f"Splits there: {splits}"
         )

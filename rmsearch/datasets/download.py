@@ -59,29 +59,29 @@ def ensure_downloaded(dataset: str) -> Path:
     return target
 
 
-def _download(name: str, target: Path, asked: str) -> None:
+def _download(name: str, target: Path, given: str) -> None:
     """Fetch, verify and unpack beside the target, then rename: the target is whole or not there."""
     url = f"{os.environ.get(BASE_URL_VARIABLE, BASE_URL).rstrip('/')}/{name}.zip"
     say("download", dataset=name, url=url, to=target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.download-", dir=target.parent))
+        temp = Path(tempfile.mkdtemp(prefix=f".{name}.download-", dir=target.parent))
     except OSError as error:
         raise AccessError(f"cannot make the folder: {error.strerror}", where=str(target.parent)) from None
     try:
-        archive = work / f"{name}.zip"
-        _fetch(url, archive, MD5.get(name), asked)
-        folder = _unpack(archive, work / "unpacked", name, url)
+        archive = temp / f"{name}.zip"
+        _fetch(url, archive, MD5.get(name), given)
+        folder = _unpack(archive, temp / "unpacked", name, url)
         try:
             folder.rename(target)
         except OSError:
             if not target.exists():  # else another process was faster, and its copy is verified too
                 raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
-def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
+def _fetch(url: str, archive: Path, md5: str | None, given: str) -> None:
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
     wait = wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=8, jitter=FIRST_WAIT_SECONDS)
@@ -90,7 +90,7 @@ def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
             stop=stop_after_attempt(TRIES), wait=wait, retry=retry_if_exception_type(_TransientFailure), reraise=True
         ):
             with attempt:
-                _fetch_once(url, archive, md5, asked)
+                _fetch_once(url, archive, md5, given)
     except _TransientFailure as error:
         remedy = (
             f"Try again later, set {BASE_URL_VARIABLE} to a mirror, or download it by hand and give the folder or .zip"
@@ -98,7 +98,7 @@ def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
         raise RetryableError(f"cannot download the data set ({error})", where=url, remedy=remedy) from None
 
 
-def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
+def _fetch_once(url: str, archive: Path, md5: str | None, given: str) -> None:
     """One try. Raises `_TransientFailure`."""
     import httpx
 
@@ -111,7 +111,7 @@ def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
                 problem = (
                     f"no such file or folder, and no BEIR set of that name (HTTP {response.status_code} from {url})"
                 )
-                raise InputMissingError(problem, where=asked, remedy=f"Sets known: {', '.join(sorted(MD5))}, demo")
+                raise InputMissingError(problem, where=given, remedy=f"Sets known: {', '.join(sorted(MD5))}, demo")
             length = response.headers.get("content-length")
             with archive.open("wb") as file, progress("download", int(length) if length else None, "bytes") as shown:
                 for block in response.iter_raw(1 << 20):

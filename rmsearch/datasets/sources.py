@@ -101,9 +101,9 @@ def folder_files(place: str) -> Files:
     """The files of a local folder or an S3 prefix."""
     if storage.is_s3(place):
         root = place.rstrip("/")
-        return Files(root, [found.removeprefix(f"{root}/") for found in storage.list_files(root)])
+        return Files(root, [file.removeprefix(f"{root}/") for file in storage.list_files(root)])
     folder = Path(place).expanduser() if place.startswith("~/") else Path(place)
-    return Files(str(folder), [str(Path(found).relative_to(folder)) for found in storage.list_files(str(folder))])
+    return Files(str(folder), [str(Path(file).relative_to(folder)) for file in storage.list_files(str(folder))])
 
 
 def one_file(place: str) -> tuple[Files, str]:

@@ -71,16 +71,16 @@ def read_questions(config: RetrievalFlags) -> list[RetrievalQuery]:
     uri = config.queries
     if uri is None:
         raise ConfigError("no queries are given", remedy="Name a file with --queries-json or --queries-csv")
-    found: dict[str, RetrievalQuery] = {}
+    by_id: dict[str, RetrievalQuery] = {}
     for position, (row, values) in enumerate(numbered_records(uri)):
         question = _question(values, config.query_column, str(position), f"{uri}:{row}")
-        known = found.setdefault(question.query_id, question)
+        known = by_id.setdefault(question.query_id, question)
         if known.query != question.query:
             problem = f"the query id {question.query_id!r} comes twice, with different queries"
             raise RecordError(problem, where=f"{uri}:{row}", remedy="Make the ids unique")
-    if not found:
+    if not by_id:
         raise RecordError("holds no queries", where=uri)
-    questions = list(found.values())
+    questions = list(by_id.values())
     return with_correct_ids(questions, config.correct_ids_json) if config.correct_ids_json else questions
 
 
@@ -170,10 +170,10 @@ def relevance_records(
     """Relevance records from positions int64[n, k] and scores float32[n, k], best first (-inf: an empty slot), under
     the name ``score``; the keys' texts are read as each record is made."""
     for row, question in enumerate(questions):
-        found = []
+        best = []
         for position, value in zip(positions[row].tolist(), scores[row].tolist(), strict=True):
             if value != float("-inf"):
                 key_id, key = keys[position]
-                found.append({"key_id": key_id, "key": key, score: short(value)})
+                best.append({"key_id": key_id, "key": key, score: short(value)})
         known = {name: value for name, value in question._asdict().items() if value is not None}
-        yield {**known, "keys": found}
+        yield {**known, "keys": best}
