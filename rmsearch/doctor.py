@@ -56,8 +56,8 @@ def examine(config: DoctorConfig) -> Iterator[Line]:
     checks += [minilm_lines, lambda: s3_lines(config.s3)]
     checks += [lambda name=name: model_lines(name) for name in config.model]  # type: ignore[misc]
     with ThreadPoolExecutor(len(checks)) as pool:
-        for found in pool.map(lambda check: check(), checks):
-            yield from found
+        for lines in pool.map(lambda check: check(), checks):
+            yield from lines
 
 
 def as_text(lines: Sequence[Line]) -> str:
@@ -96,7 +96,9 @@ def minilm_lines() -> list[Line]:
 def s3_lines(uri: str | None) -> list[Line]:
     """Credentials, and, for a URI, whether its endpoint answers, the bucket lists and a prefix can be written."""
     if uri is None:
-        return [_s3_settings_line()]
+        settings = ", ".join(sorted(name for name in os.environ if name.startswith("AWS_")))
+        found = f"{settings} set, not tried" if settings else "no AWS_* settings; only s3:// paths need them"
+        return [Line("ok", "s3", found)]
     try:
         if not uris.is_s3(uri):
             raise ConfigError("is no S3 URI", where=uri, remedy="Write s3://bucket or s3://bucket/prefix")
@@ -104,13 +106,6 @@ def s3_lines(uri: str | None) -> list[Line]:
             return list(_s3_checks(uri.rstrip("/")))
     except RMSearchError as error:
         return [failure("s3", error)]
-
-
-def _s3_settings_line() -> Line:
-    settings = sorted(name for name in os.environ if name.startswith("AWS_"))
-    if not settings:
-        return Line("ok", "s3", "no AWS_* settings; only s3:// paths need them")
-    return Line("ok", "s3", f"{', '.join(settings)} set, not tried", None)
 
 
 @contextlib.contextmanager
@@ -152,24 +147,22 @@ def _credentials_line() -> Line:
     )
     remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or a service account"
     try:
-        found = boto3.session.Session().get_credentials()
+        credentials = boto3.session.Session().get_credentials()
     except BotoCoreError as error:
         return Line("fail", "s3 credentials", type(error).__name__, remedy, asked=True)
-    if found is None:
+    if credentials is None:
         return Line("fail", "s3 credentials", f"none found for {endpoint}", remedy, asked=True)
-    return Line("ok", "s3 credentials", f"from {found.method}, for {endpoint}", asked=True)
+    return Line("ok", "s3 credentials", f"from {credentials.method}, for {endpoint}", asked=True)
 
 
 def _write_line(uri: str) -> Line:
     """Writes, reads and removes one small object below the prefix."""
     probe_uri = uris.join(uri, f".rmsearch-doctor-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        try:
+        with contextlib.ExitStack() as after:
+            after.callback(uris.remove, probe_uri)
             uris.put_if_absent(probe_uri, b"rmsearch doctor")
-            with uris.reader(probe_uri) as stream:
-                same = stream.read() == b"rmsearch doctor"
-        finally:
-            uris.remove(probe_uri)
+            same = after.enter_context(uris.reader(probe_uri)).read() == b"rmsearch doctor"
     except RMSearchError as error:
         return failure("s3 write", error)
     if not same:
@@ -185,16 +178,12 @@ def model_lines(name: str) -> list[Line]:
     what = f"model {name}"
     try:
         if _hub_name(name):
-            return [
-                Line("warn", what, "not a folder here; a hub's name, looked up at first use", _HUB_REMEDY, asked=True)
-            ]
+            remedy = "Download it where the network is, and give the folder"
+            return [Line("warn", what, "not a folder here; a hub's name, looked up at first use", remedy, asked=True)]
         with _small_copy(name) as folder:
             return [_model_line(what, ModelFolder(folder, name))]
     except RMSearchError as error:
         return [failure(what, error)]
-
-
-_HUB_REMEDY = "Download it where the network is, and give the folder"
 
 
 def _hub_name(name: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rmsearch.datasets.beir import MISSING_SHARE, Beir, load_beir
 from rmsearch.datasets.download import ensure_downloaded
-from rmsearch.engines import pick_engine
+from rmsearch.engines.options import pick_engine
 from rmsearch.stage import Run, StageConfig, added, model, option, source, tuning
 from rmsearch.storage import uri as storage
 

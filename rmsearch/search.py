@@ -15,10 +15,11 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 
+from rmsearch.engines import Scorer
 from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.prompts.renderer import Query
 from rmsearch.scoring.arguments import (
@@ -34,7 +35,7 @@ from rmsearch.scoring.arguments import (
     template_choice,
     whole_number,
 )
-from rmsearch.scoring.model import Arrived, RewardModel
+from rmsearch.scoring.model import Arrived, SearchModel
 from rmsearch.scoring.service import ClosedError, SharedScorer
 from rmsearch.scoring.task import (
     RankedKey,
@@ -48,9 +49,6 @@ from rmsearch.scoring.task import (
 )
 from rmsearch.scoring.topk import TopK
 from rmsearch.storage.records import suffix_of, write_records
-
-if TYPE_CHECKING:
-    from rmsearch.engines import Scorer
 
 __all__ = ["ClosedError", "InputError", "RankedKey", "Result", "Search", "SearchUpdate"]
 
@@ -107,7 +105,7 @@ class Search:
             "pipeline_parallel_size": whole_number(pipeline_parallel_size, "pipeline_parallel_size"),
             **engine_options,
         }
-        self._model = RewardModel(str(model_name or ""), options, template, prompt, allow_template_mismatch, scorer)
+        self._model = SearchModel(str(model_name or ""), options, template, prompt, allow_template_mismatch, scorer)
         self._engine = SharedScorer(self._model.load)
         weakref.finalize(self, self._engine.close)  # a Search that nobody closed ends its engine when it goes away
 
@@ -263,12 +261,12 @@ class Search:
 
     # ---- life time
 
-    async def start(self) -> Search:
+    async def start(self) -> Self:
         """Load the model now rather than at the first search."""
         await self._engine.call(_nothing)
         return self
 
-    async def __aenter__(self) -> Search:
+    async def __aenter__(self) -> Self:
         return await self.start()
 
     async def __aexit__(

@@ -11,6 +11,7 @@ import tiny_models
 from rmsearch import cores
 from rmsearch.cores import Cores, free_cores
 from rmsearch.engines import load_scorer
+from rmsearch.machine import machine_lines
 
 
 @pytest.fixture
@@ -67,6 +68,12 @@ def test_the_users_own_number_comes_first(sixteen: Path, monkeypatch: pytest.Mon
     assert free_cores().number == 2
 
 
+def test_the_doctor_says_the_number_and_where_it_comes_from(sixteen: Path) -> None:
+    plant(sixteen, "0::/\n", cpu_max="200000 100000\n")
+    (line,) = (line for line in machine_lines() if line.what == "cores")
+    assert line.found.startswith(f"2 for threads (CPU quota of {sixteen}/cpu.max)")
+
+
 def test_a_loaded_model_has_no_more_threads_than_cores(sixteen: Path, tmp_path: Path) -> None:
     import torch
 
@@ -80,3 +87,15 @@ def test_a_loaded_model_has_no_more_threads_than_cores(sixteen: Path, tmp_path: 
         assert os.environ["RAYON_NUM_THREADS"] == "2"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_torch_sleep_while_they_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, then: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    folder = tiny_models.bert_cross_encoder(tmp_path / "model")
+    load_scorer(str(folder), engine="transformers").close_sync()
+    assert os.environ["OMP_WAIT_POLICY"] == then

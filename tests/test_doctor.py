@@ -65,7 +65,7 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rmsearch.models.contract import write_contract
     from rmsearch.models.folder import ModelFolder
     from rmsearch.models.resolve import make_contract
-    from rmsearch.prompts.renderer import template
+    from rmsearch.prompts.templates import template
 
     encoder = tiny_models.bert_cross_encoder(tmp_path / "encoder")
     guessed = tiny_models.decoder_reward_model(tmp_path / "guessed")

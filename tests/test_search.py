@@ -454,7 +454,7 @@ async def test_a_template_other_than_trained_with(tmp_path: Path) -> None:
     from rmsearch.models.contract import write_contract
     from rmsearch.models.folder import ModelFolder
     from rmsearch.models.resolve import make_contract
-    from rmsearch.prompts.renderer import template
+    from rmsearch.prompts.templates import template
 
     folder = tiny_models.decoder_reward_model(tmp_path / "trained")
     write_contract(folder, make_contract(ModelFolder(folder), template("chat"), 128))

@@ -62,8 +62,8 @@ def resolve_embedding(
             where=folder.where,
             remedy=f"Give at most {facts.max_positions}",
         )
-    how = pooling or _own_pooling(folder) or ("mean" if facts.encoder else "last")
-    return EmbeddingSpec(how, longest, query_prefix, key_prefix)
+    pooled_by = pooling or _own_pooling(folder) or ("mean" if facts.encoder else "last")
+    return EmbeddingSpec(pooled_by, longest, query_prefix, key_prefix)
 
 
 def prefixes(

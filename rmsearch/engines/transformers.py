@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rmsearch.cores import spare_cores
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import Generation, Wish, prompt_ids
 from rmsearch.engines.threads import LoopThread
@@ -25,7 +26,8 @@ CPU_TOKENS, GPU_TOKENS = 1024, 32768
 
 
 def require_torch() -> None:
-    """MissingExtraError when torch or transformers is not installed."""
+    """Import torch and transformers, with threads that sleep while they wait; MissingExtraError without them."""
+    spare_cores()
     for package in ("torch", "transformers"):
         try:
             __import__(package)

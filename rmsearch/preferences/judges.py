@@ -19,7 +19,7 @@ from rmsearch.scoring.journaled import window_scorer
 from rmsearch.stage import Run
 
 if TYPE_CHECKING:
-    from rmsearch.preferences.judging import JudgeFlags
+    from rmsearch.preferences.judge_flags import JudgeFlags
 
 CHOICE_TOKENS = 8  # room that is left for an answer held to CHOICES
 WINDOW = 4096  # comparisons whose rewards are fetched at a time

@@ -16,9 +16,11 @@ from rmsearch import engines
 from rmsearch.engines import Scorer
 from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.engines.scheduler import PairScorer
-from rmsearch.errors import ContractError, ModelError
+from rmsearch.errors import ModelError
 from rmsearch.models.folder import PACKAGED_NAMES
-from rmsearch.prompts.renderer import Renderer, Template, template, template_hash
+from rmsearch.models.resolve import require_template
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import Template, template, template_hash
 from rmsearch.scoring.journaled import PairEntries, Put, digest_names, in_thread, score_journaled
 from rmsearch.storage import uri
 from rmsearch.storage.journal import Journal, journal_key
@@ -33,7 +35,7 @@ logger = logging.getLogger("rmsearch.search")
 
 
 @dataclass
-class RewardModel:
+class SearchModel:
     """What to load, and how pairs are scored with it. Lives in the engine's thread and does not know its Search."""
 
     name: str
@@ -150,20 +152,20 @@ def _require_finite(rewards: np.ndarray) -> None:
 
 def _with_template(scorer: Scorer, spec: Template, name: str, any_template: bool) -> Scorer:
     """The same model behind another template; ContractError when trained with another and that is not allowed."""
-    contract, tokenizer = scorer.contract, getattr(getattr(scorer, "renderer", None), "tokenizer", None)
-    if not isinstance(scorer, PairScorer) or contract is None or tokenizer is None:
+    try:
+        contract, tokenizer = scorer.contract, getattr(getattr(scorer, "renderer", None), "tokenizer", None)
+        if not isinstance(scorer, PairScorer) or contract is None or tokenizer is None:
+            problem = "this engine renders its own prompts, so another template cannot be used"
+            raise ModelError(problem, where=name, remedy="Use engine='transformers' or 'vllm'")
+        if not any_template:
+            otherwise = "or pass allow_template_mismatch=True to measure what it costs"
+            require_template(contract, spec, name, otherwise)
+        renderer = Renderer(tokenizer, spec, contract.max_length)
+    except BaseException:
         scorer.close_sync()
-        problem = "this engine renders its own prompts, so another template cannot be used"
-        raise ModelError(problem, where=name, remedy="Use engine='transformers' or 'vllm'")
-    if not (any_template or contract.inferred or contract.template_hash == template_hash(spec)):
-        scorer.close_sync()
-        raise ContractError(
-            f"trained with the template {contract.template.name!r}, asked to use {spec.name!r}",
-            where=name,
-            remedy="Leave llm_template away, or pass allow_template_mismatch=True to measure what it costs",
-        )
+        raise
     facts = {"template": spec, "template_hash": template_hash(spec), "order": spec.order, "inferred": True}
-    return PairScorer(scorer.backend, Renderer(tokenizer, spec, contract.max_length), contract.model_copy(update=facts))
+    return PairScorer(scorer.backend, renderer, contract.model_copy(update=facts))
 
 
 def _model_digest(name: str) -> str:

@@ -32,8 +32,8 @@ class AdpoConfig(TrainingConfig):
     num_train_epochs: float = option(10, "Passes over the rows.", gt=0)
     loss: OrderLoss = option(
         "bradley-terry",
-        "bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole order that they imply "
-        "(no margins). Both: mean per row, then over rows.",
+        "Loss to minimise. bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole "
+        "order that they imply (no margins). Both: mean per row, then over rows.",
     )
     load_in_8bit: bool = ignored(True, "the base is loaded in the precision that machine and --dtype give.")
     save_steps: int = tuning(40, "Write a checkpoint every so many steps.", ge=1)

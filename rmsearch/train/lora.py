@@ -15,7 +15,7 @@ from rmsearch.trainer.model import prepare_base
 class LoraConfig(TrainingConfig):
     """Config of `rmsearch train lora`."""
 
-    loss: PairLoss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")
+    loss: PairLoss = option("bradley-terry", "Loss to minimise: bradley-terry, listwise, margin-mse or soft.")
 
 
 @stage("train.lora", next_step="rmsearch evaluation rerank --model-name {output_dir} --embed-output …")

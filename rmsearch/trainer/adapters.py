@@ -47,13 +47,13 @@ def layer_linears(model: Any) -> dict[str, int]:
     return linears
 
 
-def choose_layers(wish: str, count: int) -> list[int]:
+def choose_layers(text: str, count: int) -> list[int]:
     """Layer numbers of "all", "last-N", "3", "13-27" or "25,26,27". ConfigError for what the model lacks."""
     where = "--lora-layers"
-    if wish == "all":
+    if text == "all":
         return list(range(count))
     layers: list[int] = []
-    for part in wish.split(","):
+    for part in text.split(","):
         if match := re.fullmatch(r"\s*last-(\d+)\s*", part):
             if not 0 < int(match[1]) <= count:
                 raise ConfigError(f"the model has {count} layers, not {match[1]}", where=where)
@@ -61,7 +61,7 @@ def choose_layers(wish: str, count: int) -> list[int]:
         elif match := re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part):
             layers += range(int(match[1]), int(match[2] or match[1]) + 1)
         else:
-            raise ConfigError(f"cannot read {wish!r}", where=where, remedy="Write all, last-4, 25,26,27 or 13-27")
+            raise ConfigError(f"cannot read {text!r}", where=where, remedy="Write all, last-4, 25,26,27 or 13-27")
     if not layers or max(layers) >= count:
         most = max(layers, default=0)
         remedy = f"Give 0 to {count - 1}, or last-N"

@@ -126,7 +126,8 @@ def export_model(
             base.tokenizer.save_pretrained(folder / "adapter")
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        verify_scores(folder, contract, base, sample, before)
+        loaded = load_classifier(ModelFolder(folder), contract, dtype=contract.dtype)
+        check_equal(before, _scores(loaded, sample, base), contract.dtype, str(folder))
         write_contract(folder, contract)
         save_model_folder(folder, output)
     return contract
@@ -163,14 +164,6 @@ def _scores(model: Any, sample: list[np.ndarray], base: Base) -> np.ndarray:
     mixed = partial(torch.autocast, weight.device.type, weight.dtype) if weight.dtype == torch.bfloat16 else None
     pad, limit = base.tokenizer.pad_token_id, base.facts.max_positions
     return score_inputs(model, sample, pad=pad, limit=limit, autocast=mixed)
-
-
-def verify_scores(
-    folder: Path, contract: Contract, base: Base, sample: list[np.ndarray], expected: np.ndarray
-) -> float:
-    """Loads a folder afresh and compares its rewards with ``expected``; returns the largest difference."""
-    loaded = load_classifier(ModelFolder(folder), contract, dtype=contract.dtype)
-    return check_equal(expected, _scores(loaded, sample, base), contract.dtype, str(folder))
 
 
 def check_equal(expected: np.ndarray, actual: np.ndarray, dtype: str, where: str) -> float:

@@ -16,9 +16,10 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.engines import load_embedder, load_generator, load_scorer, pick_engine
+from rmsearch.engines import load_embedder, load_generator, load_scorer
 from rmsearch.engines.embedding import prefixes, resolve_embedding
 from rmsearch.engines.generation import Generation, Sampling
+from rmsearch.engines.options import pick_engine
 from rmsearch.errors import ConfigError, ContractError, InputMissingError, ModelError
 from rmsearch.models.contract import load_json, read_contract, write_contract
 from rmsearch.models.folder import ModelFolder

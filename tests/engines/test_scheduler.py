@@ -21,7 +21,8 @@ from rmsearch.engines.dispatch import Limits, split_batches
 from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.engines.scheduler import PairScorer
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.prompts.renderer import Renderer, template
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import template
 
 TEXTS = st.sampled_from(["", "a", "b", "gene", "protein cancer", "weather " * 5, "price of train " * 20])
 PAIRS = st.lists(st.tuples(TEXTS, TEXTS), max_size=40)
