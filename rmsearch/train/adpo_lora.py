@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from rmsearch.cli import main
+from rmsearch.datasets.preferences import common_template
 from rmsearch.stage import Run, ignored, option, source, stage, tuning
 from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
 from rmsearch.trainer.losses import OrderLoss
+from rmsearch.trainer.ordered_rows import encode_rows, read_trainable_rows
 
 
 class AdpoConfig(TrainingConfig):
@@ -43,11 +46,8 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     pairs it is in, and rows may be of unequal size. Six candidates in a total order state 15 pairs at the cost of six
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
-    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
-    from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
-
-    base = prepare_base(config, peek_row_template(config.dataset_list_train))
-    train, test = encoded_sides(config, run, base, read_rows, encode_rows)
+    base = prepare_base(config, common_template(config.dataset_list_train, read_trainable_rows))
+    train, test = encoded_sides(config, run, base, read_trainable_rows, encode_rows)
     run.counts["rows"] = train.counts["rows"]
     fit(config, run, base, train, test)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from rmsearch.cli import main
+from rmsearch.datasets.preferences import common_template, read_pairs
 from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.data import encode_pairs
+from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
 from rmsearch.trainer.losses import PairLoss
 
 
@@ -24,10 +27,7 @@ def lora(config: LoraConfig, run: Run) -> None:
     on from its newest complete checkpoint when the same command is given again. Several GPUs:
     accelerate launch -m rmsearch.train.lora …
     """
-    from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
-    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
-
-    base = prepare_base(config, peek_template(config.dataset_list_train))
+    base = prepare_base(config, common_template(config.dataset_list_train, read_pairs))
     fit(config, run, base, *encoded_sides(config, run, base, read_pairs, encode_pairs))
 
 

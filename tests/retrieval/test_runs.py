@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rmsearch.datasets.records import MessagePair, PreferencePair, read_preferences
+from rmsearch.datasets.preferences import read_preferences
+from rmsearch.datasets.records import MessagePair, PreferencePair
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.retrieval.runs import ordered, read_candidates, read_run, short, write_run
 

@@ -11,11 +11,13 @@ import pytest
 import tiny_models
 import torch
 
+from rmsearch.datasets.preferences import Pair, common_template, read_pairs
 from rmsearch.errors import ConfigError, ModelError, RecordError
 from rmsearch.prompts.renderer import Renderer
 from rmsearch.prompts.templates import TEMPLATES
+from rmsearch.storage.records import write_records
 from rmsearch.trainer.batches import PairCollator, PairSampler, pair_order
-from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
+from rmsearch.trainer.data import encode_pairs
 from rmsearch.trainer.losses import preference_loss
 from rmsearch.trainer.model import choose_layers, load_base, lora_config
 
@@ -29,9 +31,9 @@ def test_raw_and_upstream_records_give_the_same_pairs(tmp_path: Path) -> None:
     raw = pair_sets.write(tmp_path / "raw.json", rows)
     chats = pair_sets.write(tmp_path / "chats.json", [pair_sets.upstream_form(row) for row in rows])
     assert [pair[:4] for pair in read_pairs(raw)] == [pair[:4] for pair in read_pairs(chats)]
-    assert peek_template([chats]) == "upstream_lora"
-    assert peek_template([raw]) is None
-    assert peek_template([raw, chats]) is None
+    assert common_template([chats], read_pairs) == "upstream_lora"
+    assert common_template([raw], read_pairs) is None
+    assert common_template([raw, chats], read_pairs) is None
 
 
 def test_a_question_and_answer_chat_is_query_and_key(tmp_path: Path) -> None:
@@ -61,6 +63,20 @@ def test_bad_rows_are_refused_with_file_and_row(tmp_path: Path, row: dict[str, A
     assert "bad.json:2" in str(error.value)
 
 
+def test_an_empty_cell_of_a_csv_is_no_margin(tmp_path: Path) -> None:
+    write_records(
+        str(tmp_path / "a.csv"), [row | {"margin": m} for row, m in zip(pair_sets.pairs(2), (0.5, None), strict=True)]
+    )
+    assert [pair.margin for pair in read_pairs(str(tmp_path / "a.csv"))] == [0.5, None]
+
+
+def test_chats_are_refused_with_the_line_of_a_jsonl(tmp_path: Path) -> None:
+    chats = [pair_sets.upstream_form(row) for row in pair_sets.pairs(2)]
+    write_records(str(tmp_path / "a.jsonl"), [chats[0], chats[0] | {"rejected_msg": chats[1]["rejected_msg"]}])
+    with pytest.raises(RecordError, match=r"a\.jsonl:2: .*do not share one query"):
+        list(read_pairs(str(tmp_path / "a.jsonl")))
+
+
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="no pairs"):
         list(read_pairs(pair_sets.write(tmp_path / "none.json", [])))
@@ -81,8 +97,6 @@ def test_long_keys_are_cut_and_counted_and_equal_tokens_set_aside(tmp_path: Path
 
 
 def test_shared_texts_are_rendered_and_forwarded_once() -> None:
-    from rmsearch.trainer.data import Pair
-
     keys = ["one", "two", "three", "four"]
     data = encode_pairs([Pair("gene", "best", key) for key in keys], renderer())
     assert len(data.inputs) == 5 and len(set(data.group.tolist())) == 1
@@ -106,8 +120,6 @@ def test_the_order_keeps_groups_together_and_repeats_itself() -> None:
 def test_the_sampler_follows_the_epoch() -> None:
     data = encode_pairs((pair for pair in []), renderer())  # no pairs: nothing to order, but the counts are there
     assert len(data) == 0 and data.counts["pairs"] == 0
-    from rmsearch.trainer.data import Pair
-
     data = encode_pairs([Pair(f"gene {i}", "best", "worst") for i in range(20)], renderer())
     sampler = PairSampler(data, 4, seed=0)
     first = list(sampler)
