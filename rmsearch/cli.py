@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,17 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, env_var_split
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Env
-from cyclopts.help import DefaultFormatter, HelpPanel
 from pydantic import ValidationError
-from rich.console import Console, ConsoleOptions
-from rich.text import Text
 
 from rmsearch import __version__
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RMSearchError
+from rmsearch.interrupts import STOPPED, run_stoppably
 from rmsearch.stage import Stage, StageConfig, execute, explain_validation
 from rmsearch.storage import uri
 
@@ -170,11 +166,13 @@ def stage_app(stage: Stage[Any]) -> App:
     }
     if not any(info.is_required() for info in stage.config.model_fields.values()):
         command.__kwdefaults__ = {"config": None, "config_file": None}
+    name = f"rmsearch {stage.name.replace('.', ' ')}"
     app = App(
-        name=f"rmsearch {stage.name.replace('.', ' ')}",
+        name=name,
+        usage=f"Usage: {name} [FLAGS]",
         help=inspect.cleandoc(stage.help),
         version_flags=(),
-        help_formatter=HelpPage(),
+        help_formatter=_print_panel,
         config=(Env(stage.env_prefix, command=False, show=False), _read_yaml),
         **QUIET,
     )
@@ -189,6 +187,8 @@ def _split_list(kind: Any, value: str, **_: Any) -> list[str]:
 
 def _read_yaml(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Take the flags that are in no other place from the file of ``--config``."""
+    import yaml
+
     given = arguments["--config"].tokens
     if not given:
         return
@@ -201,19 +201,20 @@ def _read_yaml(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
     Dict(settings, source=path, use_commands_as_keys=False)(app, commands, arguments)
 
 
-class HelpPage(DefaultFormatter):
-    """The help of a stage: its own flags first, and (required) or the default in the words of our pages."""
+def _print_panel(console: Any, options: Any, panel: Any) -> None:
+    """Print a panel of a stage's help: its own flags first, and (required) or the default after the text."""
+    from cyclopts.help import DefaultFormatter
+    from rich.text import Text
 
-    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        common = {f"--{name.replace('_', '-')}" for name in StageConfig.model_fields} | {"--config"}
-        entries = []
-        for entry in sorted(panel.entries, key=lambda each: bool(common.intersection(each.names))):
-            if entry.required:
-                entry.description.append(Text("(required)"))
-            elif entry.default not in (None, "", "[]"):
-                entry.description.append(Text(f"(default: {entry.default})"))
-            entries.append(entry.copy(required=False, default=None))
-        super().__call__(console, options, panel.copy(entries=entries))
+    common = {f"--{name.replace('_', '-')}" for name in StageConfig.model_fields} | {"--config"}
+    entries = []
+    for entry in sorted(panel.entries, key=lambda each: bool(common.intersection(each.names))):
+        if entry.required:
+            entry.description.append(Text("(required)"))
+        elif entry.default not in (None, "", "[]"):
+            entry.description.append(Text(f"(default: {entry.default})"))
+        entries.append(entry.copy(required=False, default=None))
+    DefaultFormatter()(console, options, panel.copy(entries=entries))
 
 
 def _parsed(app: App, arguments: Sequence[str], where: str) -> Any:
@@ -230,18 +231,13 @@ def _parsed(app: App, arguments: Sequence[str], where: str) -> Any:
 
 def exit_code_of(action: Callable[[], None]) -> int:
     """Run an action as a command: errors of ours become one line on stderr and their exit code."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    signal.signal(signal.SIGTERM, stop)  # pods are stopped with SIGTERM: same way out as Ctrl-C
     try:
-        action()
+        run_stoppably(action)
     except RMSearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt:  # of a training that saved its state
+        print(STOPPED, file=sys.stderr)
         return EXIT_RETRY
     except BrokenPipeError:
         with contextlib.suppress(OSError):

@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import AliasChoices, ConfigDict, Field, model_serializer, model_validator
 
 from rmsearch.datasets.records import ChatMessage, Finite, Id, Record
 
-QueryType = Literal["titles", "keywords", "questions", "irr_questions"]
 QUERY_TYPES: tuple[str, ...] = ("titles", "keywords", "questions", "irr_questions")
 IRRELEVANT = "irr_questions"  # asked about a row that does not answer them
 TYPE_NAMES = AliasChoices("query-type", "query_type")

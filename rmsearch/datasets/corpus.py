@@ -12,20 +12,38 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from rmsearch.errors import ConfigError, RecordError
+from rmsearch.errors import ConfigError, RecordError, RMSearchError
+from rmsearch.stage import StageConfig, option, source
 from rmsearch.storage import uri as storage
 from rmsearch.storage.local import local_errors
 from rmsearch.storage.records import SUFFIXES, numbered_records
 
+T = TypeVar("T")
 ID_COLUMNS = ("index", "", "_id", "id", "df_id", "corpus-id")  # "": the index that pandas writes without a name
 TEXT_SUFFIXES = (".txt", ".md")
 _TABLE_SUFFIXES = tuple(f".{suffix}" for suffix in SUFFIXES)
 _RUN = 1 << 16
 _HEAD = struct.Struct("<I")  # bytes of the id, which comes before the text
+
+
+class CorpusFlags(StageConfig):
+    """Which corpus a stage reads."""
+
+    input_csv: str = source(
+        ..., "Corpus: .csv, .jsonl, .json or .parquet (each also .gz), or a folder of .txt and .md files."
+    )
+    text_column: str = option("text", "Column of the text.")
+    id_column: str | None = option(
+        None, "Column of the id; default: index, _id, id, df_id or corpus-id, else the position."
+    )
+
+    def rows(self) -> Iterator[Row]:
+        """The corpus. Raises as `read_corpus`."""
+        return read_corpus(self.input_csv, self.text_column, self.id_column)
 
 
 class Row(NamedTuple):
@@ -36,7 +54,7 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-class Record(NamedTuple):
+class IdentifiedRow(NamedTuple):
     """A row before its text is looked at: its place (``file:row``), its id, its columns."""
 
     where: str
@@ -56,26 +74,33 @@ def read_corpus(uri: str, text_column: str = "text", id_column: str | None = Non
         yield Row(identity, text_of(values, text_column, where), values)
 
 
-def read_identified(uri: str, id_column: str | None = None) -> Iterator[Record]:
+def read_identified(uri: str, id_column: str | None = None) -> Iterator[IdentifiedRow]:
     """As `read_corpus`, without asking for a text: each row's place, id and columns."""
+    records = distinct(lambda: numbered(located_records(uri), id_column))
+    remedy = "Give a file with rows, or a folder of text"
+    return nonempty(records, RecordError("is empty: a corpus has rows", where=uri, remedy=remedy))
+
+
+def nonempty(items: Iterable[T], error: RMSearchError) -> Iterator[T]:
+    """The items as they come; raises the error when there is none."""
     empty = True
-    for record in distinct(lambda: numbered(located_records(uri), id_column)):
+    for each in items:
         empty = False
-        yield record
+        yield each
     if empty:
-        raise RecordError("is empty: a corpus has rows", where=uri, remedy="Give a file with rows, or a folder of text")
+        raise error
 
 
-def numbered(rows: Iterable[tuple[str, dict[str, Any]]], id_column: str | None = None) -> Iterator[Record]:
+def numbered(rows: Iterable[tuple[str, dict[str, Any]]], id_column: str | None = None) -> Iterator[IdentifiedRow]:
     """Give (place, columns) their ids: those of the id column that the first row shows, else the position."""
     column: str | None = None
     for count, (where, values) in enumerate(rows):
         if not count:
             column = id_column if id_column is not None else find_id_column(values)
-        yield Record(where, str(count) if column is None else id_of(values, column, where), values)
+        yield IdentifiedRow(where, str(count) if column is None else id_of(values, column, where), values)
 
 
-def distinct(records: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+def distinct(records: Callable[[], Iterator[IdentifiedRow]]) -> Iterator[IdentifiedRow]:
     """The records that ``records()`` gives, checked to have an id each of their own. Called a second time, to name the
     places, when hashes are equal. Raises RecordError."""
     ids = _Ids()
@@ -202,7 +227,7 @@ class _Ids:
         return {int(value) for found in doubles for value in found}
 
 
-def _refuse_doubles(records: Iterator[Record], suspects: set[int]) -> None:
+def _refuse_doubles(records: Iterator[IdentifiedRow], suspects: set[int]) -> None:
     """Raise for the first id that really comes twice among those with these hashes."""
     first: dict[str, str] = {}
     for where, identity, _ in records:

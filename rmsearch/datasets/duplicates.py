@@ -13,13 +13,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 from zlib import crc32
 
-from rmsearch.errors import ConfigError
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+from rmsearch.errors import ConfigError
 
 HASHES = 128
 MISSED = 0.01  # chance that a pair just at the threshold shares no band
@@ -59,8 +57,6 @@ class Sketches:
     """MinHash signatures of texts that are added in batches; 256 bytes per text."""
 
     def __init__(self, *, shingle: int = 3, seed: int = 0) -> None:
-        import numpy as np
-
         if shingle < 1:
             raise ConfigError(f"a shingle of {shingle} words is no shingle", remedy="Use 1 or more words")
         rng = np.random.default_rng(seed)
@@ -92,8 +88,6 @@ class Sketches:
 
     def followed_by(self, other: Sketches) -> Sketches:
         """The texts of both, the other's after these. Both must have been made with the same shingle and seed."""
-        import numpy as np
-
         assert (self._shingle, self._seed) == (other._shingle, other._seed), "sketches of two kinds"
         both = Sketches(shingle=self._shingle, seed=self._seed)
         both._table = np.concatenate([self._table[: len(self)], other._table[: len(other)]])
@@ -102,8 +96,6 @@ class Sketches:
 
     def duplicates(self, threshold: float) -> list[int | None]:
         """As `near_duplicates`, for the texts added so far."""
-        import numpy as np
-
         self.check(threshold)
         signatures, none = self._table[: self._length], self._length
         first = np.full(none, none)
@@ -125,8 +117,6 @@ class Sketches:
 
     def _signatures(self, texts: Sequence[str]) -> np.ndarray:
         """uint16[texts, HASHES]: per hash function the low bits of the least hash of the text's shingles."""
-        import numpy as np
-
         hashes, counts = [], []
         for text in texts:
             found = [crc32(word.encode("utf-8", "surrogatepass")) for word in words(text)]
@@ -142,8 +132,6 @@ class Sketches:
 
     def _shingles(self, hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of all shingles, uint32, one text after the other, and where each text's begin."""
-        import numpy as np
-
         size = self._shingle
         total = len(hashes) - size + 1
         mixed = sum((hashes[i : i + total] * self._mix[i] for i in range(size)), np.zeros(total, np.uint64))
@@ -164,8 +152,6 @@ def band_rows(threshold: float) -> int:
 
 def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(earlier, later) positions with equal keys; earlier is the first, then the second … of the bucket."""
-    import numpy as np
-
     if not len(keys):
         return
     order = np.argsort(keys, kind="stable")
@@ -180,6 +166,4 @@ def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _odd(rng: np.random.Generator, size: int, kind: type[np.unsignedinteger]) -> np.ndarray:
-    import numpy as np
-
     return rng.integers(np.iinfo(kind).max, size=size, dtype=kind, endpoint=True) | kind(1)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
+import numpy as np
+
 from rmsearch.datasets.corpus import find_id_column
 from rmsearch.errors import ConfigError, MissingExtraError, RetryableError, RMSearchError
 from rmsearch.progress import say
@@ -34,8 +37,6 @@ def hub_rows(
         if n_sample is not None and stream:
             dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(n_sample)
         elif n_sample is not None:
-            import numpy as np
-
             positions = np.random.default_rng(seed).permutation(len(dataset))[:n_sample].tolist()
             dataset = dataset.select(positions)
 
@@ -63,8 +64,6 @@ def _load(name: str, config: str | None, split: str, stream: bool) -> Any:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Map what the libraries raise to errors that a user or a scheduler can act on."""
-    import httpx
-
     try:
         from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError

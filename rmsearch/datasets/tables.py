@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -26,7 +27,7 @@ _BATCH_BYTES = 8 << 20
 _ARROW_FILE = "data-00000-of-00001.arrow"
 
 
-class Entry(NamedTuple):
+class TableRow(NamedTuple):
     """A row to write: its place in the source, and all columns in order, ``index`` and ``text`` first."""
 
     where: str
@@ -44,7 +45,7 @@ class TableWriter:
         self.rows = 0
         self._folder, self._split, self._n_small, self._seed = folder, split, n_small, seed
         self._names: list[str] = []
-        self._batch: list[Entry] = []
+        self._batch: list[TableRow] = []
         self._batch_bytes = 0
         self._schema: Any = None
         self._arrow: Any = None
@@ -67,7 +68,7 @@ class TableWriter:
             self._arrow.close()
         self._stack.close()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: TableRow) -> None:
         """Write one row."""
         if not self._names:
             self._names = list(entry.values)
@@ -181,8 +182,6 @@ def _cell(value: Any) -> str:
 
 def _describe(folder: Path, split: str, schema: Any, fingerprint: str) -> None:
     """The JSON files that `datasets.load_from_disk` reads."""
-    from dataclasses import asdict
-
     from datasets import DatasetInfo, Features
 
     state: dict[str, Any] = {

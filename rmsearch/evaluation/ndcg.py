@@ -28,7 +28,7 @@ class NdcgConfig(RunFlags):
 def ndcg(config: NdcgConfig, run: Run) -> None:
     """Score runs with nDCG, MAP, MRR, recall and precision, with significance tests.
 
-    Measures come from trec_eval's own code (ir-measures). A query that a run lacks counts as 0. Each run is compared
+    Measures come from trec_eval's own code (pytrec_eval). A query that a run lacks counts as 0. Each run is compared
     with the baseline by Fisher's paired randomisation test and a paired t-test, two-sided; with several runs the
     p-values are Holm-adjusted. Intervals are 95 % bootstrap intervals over queries.
 

@@ -6,13 +6,13 @@ One text that is too long would end the whole run: engines and servers refuse su
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from rmsearch.engines.generation import prompt_ids
+from rmsearch.engines.loading import is_local
 from rmsearch.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rmsearch.llm.asking import GeneratorFlags
-    from rmsearch.prompts.tokens import TextTokens
+from rmsearch.llm.asking import GeneratorFlags
+from rmsearch.models.folder import ModelFolder
+from rmsearch.prompts.tokens import TextTokens
 
 SPARE = 16  # tokens that may arise where the parts of a prompt meet
 LEAST = 16  # tokens of a text with which there is something to write about
@@ -31,8 +31,6 @@ class Fitting:
     def __init__(
         self, flags: GeneratorFlags, messages: list[dict[str, str]], max_characters: int, texts: int = 1
     ) -> None:
-        from rmsearch.engines.loading import is_local
-
         self._characters, self._texts = max_characters, texts
         self._tokens: int | None = None
         self._tokenizer: TextTokens | None = None
@@ -43,15 +41,9 @@ class Fitting:
             self._leave(flags.max_model_len, read, flags)
 
     def _count_with_tokenizer(self, flags: GeneratorFlags, messages: list[dict[str, str]]) -> None:
-        from rmsearch.engines.generation import prompt_ids
-        from rmsearch.engines.transformers import load_tokenizer
-        from rmsearch.models.contract import model_facts
-        from rmsearch.models.folder import open_model
-        from rmsearch.prompts.tokens import TextTokens
-
-        folder = open_model(flags.model_name)
-        tokenizer = load_tokenizer(folder)
-        longest = flags.max_model_len or model_facts(folder).max_positions
+        folder = ModelFolder.open(flags.model_name)
+        tokenizer = folder.tokenizer
+        longest = flags.max_model_len or folder.facts.max_positions
         left = self._leave(longest, len(prompt_ids(tokenizer, messages)), flags)
         self._tokenizer = TextTokens(tokenizer, left, plain=True)
 

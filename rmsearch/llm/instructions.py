@@ -10,6 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from rmsearch.errors import ConfigError
@@ -49,17 +50,9 @@ class Instruction(BaseModel):
 @cache
 def instruction(name: str) -> Instruction:
     """The instruction of ``prompts/NAME.yaml``. ConfigError when there is none of that name."""
-    import yaml
-
     folder = files("rmsearch.llm") / "prompts"
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(each.name.removesuffix(".yaml") for each in folder.iterdir() if each.name.endswith(".yaml"))
         raise ConfigError(f"there is no instruction {name!r}", remedy=f"There are: {', '.join(known)}")
     return Instruction(name=name, **yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def instructions() -> list[Instruction]:
-    """All of them, by name."""
-    folder = files("rmsearch.llm") / "prompts"
-    return [instruction(each.name.removesuffix(".yaml")) for each in sorted(folder.iterdir(), key=lambda f: f.name)]

@@ -1,4 +1,4 @@
-"""What the judging stages share: their flags, which keys are compared, the split by query, the files they write."""
+"""What the judging stages share: which keys are compared, the split by query, the files that they write."""
 
 from __future__ import annotations
 
@@ -6,99 +6,54 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from itertools import combinations
+from itertools import combinations, groupby
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
-from pydantic import ValidationInfo, field_validator, model_validator
-
 from rmsearch.errors import ConfigError
-from rmsearch.flags import QrelsFlags
-from rmsearch.llm.asking import GeneratorFlags
-from rmsearch.preferences.judges import Comparison, Contest
+from rmsearch.preferences.judge_flags import JudgeFlags
+from rmsearch.preferences.judges import Comparison, Contest, Judged, decided_by, judged
+from rmsearch.preferences.negatives import folded, same_text
 from rmsearch.preferences.verdicts import Verdict
 from rmsearch.prompts.templates import TEMPLATES
-from rmsearch.stage import Run, model, option, source, target
+from rmsearch.stage import Run
+from rmsearch.storage.records import write_records
 
 MESSAGES = TEMPLATES["upstream_lora"]
 Side = Literal["train", "test", "ties"]
 
 
-class JudgeFlags(QrelsFlags, GeneratorFlags):
-    """Flags of both judging stages."""
-
-    query_key_set: str | None = source(None, "Sampled sets to judge (required).")
-    query_key_s: str | None = source(None, "Another name of --query-key-set.")
-    relevant_json: str | None = source(None, "Another name of --query-key-set.")
-    output: str = target("dataset_list.json", "Training records to write (.json, .jsonl, .parquet, each also .gz).")
-    output_test: str | None = target(None, "Test records; by default beside --output, with test for train in its name.")
-    output_ties: str | None = target(None, "Pairs without a preference; by default beside --output.")
-
-    judge: Literal["llm", "reward", "labels"] = option(
-        "llm", "Who decides: a language model, a teacher reward model, or labels (qrels, else the sets' positive_ids)."
-    )
-    model_name: str = model("", "The judge: language or reward model (folder, s3:// URI, or name). Not for labels.")
-    split: str = option("train", "Split of the data set whose qrels decide, for labels.")
-    test_share: float = option(0.1, "Share of the queries whose pairs become test records.", ge=0, le=1)
-    record_form: Literal["raw", "messages"] = option("raw", "Raw query and keys, or upstream's rendered chats.")
-    margin_max: float = option(6.0, "Largest margin, in rewards.", gt=0)
-    margin_scale: float = option(1.0, "A teacher's difference times this is the margin (reward).", gt=0)
-    tie_margin: float = option(0.0, "A teacher's difference up to this is a tie (reward).", ge=0)
-    constrain: bool = option(True, "Have the server allow only 1, 2 or tie; off for one that refuses that (llm).")
-    top_logprobs: int = option(
-        20,
-        "Alternatives per token that the confidence is read from; 0 for a server that gives none (llm).",
-        ge=0,
-        le=20,
-    )
-    max_characters: int = option(4000, "Characters of a query or key that the judge reads (llm).", ge=1)
-
-    @field_validator("output_test", "output_ties")
-    @classmethod
-    def _beside(cls, value: str | None, info: ValidationInfo) -> str | None:
-        side = str(info.field_name).removeprefix("output_")
-        return value or ("output" in info.data and beside(info.data["output"], side)) or None
-
-    @model_validator(mode="after")
-    def _complete(self) -> JudgeFlags:
-        given = [each for each in (self.query_key_set, self.query_key_s, self.relevant_json) if each]
-        if len(given) != 1:
-            raise ValueError("--query-key-set is needed, once, under one of its names")
-        if len({self.output, self.output_test, self.output_ties}) < 3:
-            raise ValueError("--output, --output-test and --output-ties must differ")
-        if self.judge != "labels" and not self.model_name:
-            raise ValueError(f"--judge {self.judge} needs --model-name")
-        return self
-
-    @property
-    def sets(self) -> str:
-        """The file to judge."""
-        return self.query_key_set or self.query_key_s or self.relevant_json or ""
-
-
-def beside(output: str, side: str) -> str:
-    """The output's name with ``side`` in place of its last "train", else before its suffixes."""
-    folder, slash, name = output.rpartition("/")
-    if "train" in name:
-        head, _, tail = name.rpartition("train")
-        return f"{folder}{slash}{head}{side}{tail}"
-    stem, dot, suffixes = name.partition(".")
-    return f"{folder}{slash}{stem}_{side}{dot}{suffixes}"
-
-
 def side_of(query: str, seed: int, test_share: float) -> Literal["train", "test"]:
     """Where a query belongs: decided by its own text (case and white space apart), so that other queries, whether
     added or gone, never move it."""
-    place = int.from_bytes(_digest(query, str(seed)), "big") / 2**128
-    return "test" if place < test_share else "train"
+    digest = blake2b(f"{seed}\n{folded(query)}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return "test" if int.from_bytes(digest, "big") / 2**128 < test_share else "train"
 
 
-def _digest(query: str, salt: str = "") -> bytes:
-    text = f"{salt}\n{' '.join(query.split()).casefold()}"
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def judge_sets(
+    config: JudgeFlags,
+    run: Run,
+    contests: Callable[[], Iterable[Contest]],
+    records_of: Callable[[Contest, Sequence[Judged], str], Iterable[dict[str, Any]]],
+) -> None:
+    """Judge pairs of each contest's keys and write what ``records_of(contest, verdicts, who decided)`` makes of them,
+    and the ties."""
+    total = _count_comparisons(contests(), config.sample_pairs, config.sets)
+    verdicts = judged(config, run, comparisons(contests(), config.sample_pairs, config.seed), total)
+    decided = decided_by(config)
+    with _collecting(config) as records:
+        for _, group in groupby(verdicts, key=lambda each: each[0].place):
+            of_contest = list(group)
+            contest = of_contest[0][0].contest
+            for comparison, verdict in of_contest:
+                if not verdict.winner:
+                    records.put(contest.query, _tie_record(comparison, verdict, decided), tie=True)
+            for record in records_of(contest, of_contest, decided):
+                records.put(contest.query, record)
+        records.write(run)
 
 
 def comparisons(contests: Iterable[Contest], sample: int, seed: int) -> Iterator[Comparison]:
@@ -120,13 +75,19 @@ def comparisons(contests: Iterable[Contest], sample: int, seed: int) -> Iterator
             number += 1
 
 
-def count_comparisons(contests: Iterable[Contest], sample: int, where: str) -> int:
+def _count_comparisons(contests: Iterable[Contest], sample: int, where: str) -> int:
     """How many there will be. Reads the whole file, so that it is known to be sound before any answer is paid."""
     total = sum(1 for _ in comparisons(contests, sample, 0))
     if not total:
         remedy = "Make some with sample_dpo_batch or sample_advanced_dpo_batch"
         raise ConfigError("holds no sets to judge", where=where, remedy=remedy)
     return total
+
+
+def preference(comparison: Comparison, verdict: Verdict) -> tuple[int, int]:
+    """(chosen, rejected): positions of the contest's keys."""
+    places = (comparison.first, comparison.second)
+    return places if verdict.winner > 0 else places[::-1]
 
 
 def as_messages(query: str, key: str) -> list[dict[str, str]]:
@@ -138,7 +99,7 @@ def as_messages(query: str, key: str) -> list[dict[str, str]]:
     ]
 
 
-def tie_record(comparison: Comparison, verdict: Verdict, decided: str) -> dict[str, Any]:
+def _tie_record(comparison: Comparison, verdict: Verdict, decided: str) -> dict[str, Any]:
     """A pair without a preference, with the reason and the judge's lean (above 0: to the first key)."""
     contest, at = comparison.contest, (comparison.first, comparison.second)
     return {
@@ -156,7 +117,7 @@ def tie_record(comparison: Comparison, verdict: Verdict, decided: str) -> dict[s
 
 
 @contextmanager
-def collecting(config: JudgeFlags) -> Iterator[Records]:
+def _collecting(config: JudgeFlags) -> Iterator[Records]:
     """Records that wait in temporary files until all are there."""
     with TemporaryFile() as train, TemporaryFile() as test, TemporaryFile() as ties:
         yield Records(config, {"train": train, "test": test, "ties": ties})
@@ -174,13 +135,11 @@ class Records:
         """A record of a query: to its side, or to the ties."""
         side: Side = "ties" if tie else side_of(query, self._config.seed, self._config.test_share)
         self._files[side].write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self._queries[side].add(_digest(query))
+        self._queries[side].add(same_text(query))
         self.counts[side] += 1
 
     def write(self, run: Run) -> None:
         """Write the three files and count. Raises ConfigError when there is no preference at all."""
-        from rmsearch.storage.records import write_records
-
         config = self._config
         if not self.counts["train"] + self.counts["test"]:
             remedy = "See the tie rate; --judge labels needs sets with a key that is labelled"

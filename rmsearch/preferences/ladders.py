@@ -4,46 +4,97 @@ rows that a ladder gives for training."""
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from rmsearch.datasets.chain import AdvancedRow, Candidate, KeyLadder, QueryChoices, QueryLadder
-from rmsearch.datasets.corpus import Row, read_corpus
+from rmsearch.datasets.corpus import CorpusFlags, nonempty
 from rmsearch.datasets.records import PreferencePair
-from rmsearch.llm.asking import GeneratorFlags
+from rmsearch.errors import ConfigError
+from rmsearch.llm.asking import GeneratorFlags, Question, ask, json_value
 from rmsearch.llm.budget import Fitting
-from rmsearch.llm.instructions import Instruction
+from rmsearch.llm.instructions import instruction
 from rmsearch.llm.languages import language
-from rmsearch.stage import fields_with_role, option, source, target
+from rmsearch.stage import Run, fields_with_role, option, target
+from rmsearch.storage.records import suffix_of
 
+L = TypeVar("L")
 LONG = 80  # characters of a text whose language can be told from it alone
 _MARKS = ".,;:!?\"'()[]“”‘’„«»*`。、！？"
 
 
-class LadderFlags(GeneratorFlags):
+class LadderFlags(CorpusFlags, GeneratorFlags):
     """A corpus to make ladders of, and how the language model samples for it."""
 
-    input_csv: str = source(..., "Corpus: .csv, .jsonl, .json, .parquet, each also .gz, or a folder of text files.")
-    text_column: str = option("text", "Its column of texts.")
-    id_column: str | None = option(None, "Its column of ids; default: index, _id, id or df_id, else the position.")
     output: str = target(..., "Ladders to write (.json, .jsonl, .csv, .parquet, each also .gz).")
     adpo_output: str | None = target(None, "Rows for `rmsearch train adpo_lora` (batch, dpo_pairs) to write besides.")
     max_tokens: int = option(1200, "Tokens of an answer at most.", ge=1)
     temperature: float = option(0.2, "Sampling temperature; 0 takes the likeliest token.", ge=0)
     top_p: float = option(0.9, "Nucleus sampling.", gt=0, le=1)
 
-    def rows(self) -> Iterator[Row]:
-        """The corpus. Raises as `read_corpus`."""
-        return read_corpus(self.input_csv, self.text_column, self.id_column)
-
     def check(self) -> int:
         """Number of rows. All that can be wrong with corpus and outputs shows here, before a model is asked."""
-        from rmsearch.storage.records import suffix_of
-
-        outputs = [value for name in fields_with_role(type(self), "target") if (value := getattr(self, name))]
-        for output in outputs:
-            suffix_of(output)
+        for name in fields_with_role(type(self), "target"):
+            if output := getattr(self, name):
+                suffix_of(output)
         return sum(1 for _ in self.rows())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row, cut to what the model reads, and those of the instruction's parts whose turn it is."""
+
+    row_id: str
+    text: str
+    parts: tuple[dict[str, str], dict[str, str]]
+
+
+def ask_ladders(
+    run: Run,
+    flags: LadderFlags,
+    name: str,
+    cycles: tuple[str, str],
+    max_characters: int,
+    schema: dict[str, Any],
+    parse: Callable[[Task, Any, str], L],
+    rows: int,
+    **fields: Any,
+) -> Iterator[L]:
+    """What ``parse(task, value, tag)`` makes of the model's answers, a row at a time.
+
+    ``name``: the instruction; ``cycles``: the lists of its parts that take turns; ``fields``: its other fields. Rows
+    are cut to ``max_characters`` and so that the instruction with its longest parts, the row and the answer fit into
+    the model.
+    """
+    spec = instruction(name)
+    first, second = (spec.parts[cycle] for cycle in cycles)
+    longest = {cycle: max((part["text"] for part in spec.parts[cycle]), key=len) for cycle in cycles}
+    fit = Fitting(flags, spec.messages(text="", characters=max_characters, **longest, **fields), max_characters)
+
+    def questions() -> Iterator[Question[Task]]:
+        cut = 0
+        for position, row in enumerate(flags.rows()):
+            whole = row.text.strip()
+            text = fit(whole)
+            cut += len(text) < len(whole)
+            one, other = combination(position, len(first), len(second))
+            parts = (first[one], second[other])
+            chosen = {cycle: part["text"] for cycle, part in zip(cycles, parts, strict=True)}
+            messages = spec.messages(text=text, characters=len(text), **chosen, **fields)
+            run.counts["cut_rows"] = cut
+            yield Question(Task(row.id, text, parts), messages, schema=schema)
+
+    for answer in ask(run, flags, questions(), lambda task, said: parse(task, json_value(said), spec.tag), rows):
+        yield answer.value
+    run.check_rejects(int(run.counts["questions"]))
+
+
+def some_ladders(ladders: Iterable[L]) -> Iterator[L]:
+    """The ladders; ConfigError when there is none."""
+    return nonempty(
+        ladders, ConfigError("gave no ladder at all", where="the language model", remedy="See the rejects file")
+    )
 
 
 def combination(position: int, first: int, second: int) -> tuple[int, int]:
@@ -53,11 +104,17 @@ def combination(position: int, first: int, second: int) -> tuple[int, int]:
     return one, (one + block) % second
 
 
-def fitting(flags: LadderFlags, spec: Instruction, max_characters: int, **fields: Any) -> Fitting:
-    """What cuts rows to ``max_characters`` and so that the instruction with its longest parts, the row and the answer
-    fit into the model."""
-    longest = {name: max((part["text"] for part in parts), key=len) for name, parts in spec.parts.items()}
-    return Fitting(flags, spec.messages(text="", **longest, **fields), max_characters)
+def object_schema(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with these fields and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+TEXT = {"type": "string", "minLength": 1}
+
+
+def list_schema(count: int) -> dict[str, Any]:
+    """The JSON schema of a list of so many texts."""
+    return {"type": "array", "items": TEXT, "minItems": count, "maxItems": count}
 
 
 def strings(value: Any, field: str, count: int) -> list[str]:
@@ -81,9 +138,9 @@ def string(value: Any, field: str) -> str:
 
 def require_distinct(texts: Iterable[str], field: str, others: Sequence[str], name: str) -> None:
     """ValueError when a text comes twice or is one of the ``others``, whatever the case, spaces and punctuation."""
-    known = {_folded(each) for each in others}
+    known = {_plain_words(each) for each in others}
     seen: set[str] = set()
-    for text in map(_folded, texts):
+    for text in map(_plain_words, texts):
         if text in known:
             raise ValueError(f"{field}: one is {name}")
         if text in seen:
@@ -99,7 +156,7 @@ def require_language(texts: Sequence[str], source: str) -> None:
         raise ValueError("the answer is in another language than the row")
 
 
-def _folded(text: str) -> str:
+def _plain_words(text: str) -> str:
     words = unicodedata.normalize("NFKC", text).casefold().split()
     return " ".join(word.strip(_MARKS) or word for word in words)
 

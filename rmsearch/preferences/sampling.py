@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from rmsearch.datasets.beir import in_corpus, read_qrels
 from rmsearch.datasets.chain import RetrievedKey
-from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, read_corpus
+from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, nonempty, read_corpus
 from rmsearch.errors import ConfigError
 from rmsearch.flags import count_missing_keys
 from rmsearch.preferences.negatives import TRIES, Negatives, score_limit
@@ -51,13 +51,9 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[L
 
 def or_refuse(config: SampleFlags, sets: Iterator[T]) -> Iterator[T]:
     """The sets; ConfigError when there is none."""
-    empty = True
-    for each in sets:
-        empty = False
-        yield each
-    if empty:
-        problem = "no query has another key to sample beside its own"
-        raise ConfigError(problem, where=config.source_csv or config.dataset_path, remedy="Use a larger corpus")
+    problem = "no query has another key to sample beside its own"
+    where = config.source_csv or config.dataset_path
+    return nonempty(sets, ConfigError(problem, where=where, remedy="Use a larger corpus"))
 
 
 class Sampler:

@@ -7,8 +7,10 @@ from rmsearch.cli import main
 from rmsearch.datasets.preferences import common_template
 from rmsearch.stage import Run, ignored, option, source, stage, tuning
 from rmsearch.trainer.config import TrainingConfig
-from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
+from rmsearch.trainer.export import export
+from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import OrderLoss
+from rmsearch.trainer.model import prepare_base
 from rmsearch.trainer.ordered_rows import encode_rows, read_trainable_rows
 
 
@@ -31,8 +33,8 @@ class AdpoConfig(TrainingConfig):
     num_train_epochs: float = option(10, "Passes over the rows.", gt=0)
     loss: OrderLoss = option(
         "bradley-terry",
-        "bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole order that they imply "
-        "(no margins). Both: mean per row, then over rows.",
+        "Loss to minimise. bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole "
+        "order that they imply (no margins). Both: mean per row, then over rows.",
     )
     load_in_8bit: bool = ignored(True, "the base is loaded in the precision that machine and --dtype give.")
     save_steps: int = tuning(40, "Write a checkpoint every so many steps.", ge=1)
@@ -47,9 +49,11 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
     base = prepare_base(config, common_template(config.dataset_list_train, read_trainable_rows))
-    train, test = encoded_sides(config, run, base, read_trainable_rows, encode_rows)
+    train, test = encode_files(config, run, base, read_trainable_rows, encode_rows)
     run.counts["rows"] = train.counts["rows"]
-    fit(config, run, base, train, test)
+    training = prepare_training(config, run, base, train, test)
+    trainer = fit(training)
+    export(training, trainer)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BeforeValidator, Field
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES, TYPE_NAMES, QueryRecord
+from rmsearch.datasets.corpus import indexed, read_corpus
+from rmsearch.datasets.duplicates import near_duplicates, words
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import EngineFlags
+from rmsearch.llm.languages import Languages
+from rmsearch.retrieval.round_trip import GeneratedQuery, by_embedding, by_records
 from rmsearch.stage import Run, StageConfig, model, option, source, stage, target
-
-if TYPE_CHECKING:
-    from rmsearch.llm.languages import Languages
-    from rmsearch.retrieval.round_trip import Asked
+from rmsearch.storage.records import read_models, read_records, suffix_of, write_records
 
 KEPT = 0
 REASONS = ("type", "language", "short", "long", "near_duplicate", "round_trip")  # verdicts from 1
@@ -97,8 +99,6 @@ def filter_query_recs(config: FilterQueryRecsConfig, run: Run) -> None:
     and, with --model-name, a vector and --round-trip-rank positions for each; for millions of queries retrieve first
     and give --relevance-json.
     """
-    from rmsearch.storage.records import read_records, suffix_of, write_records
-
     _check(config)
     suffix_of(config.output)
     verdicts, types = _by_record(config)
@@ -134,9 +134,6 @@ def _check(config: FilterQueryRecsConfig) -> None:
 
 def _by_record(config: FilterQueryRecsConfig) -> tuple[bytearray, set[str]]:
     """The verdicts of the filters that look at one record at a time, and the types that there are."""
-    from rmsearch.llm.languages import Languages
-    from rmsearch.storage.records import read_models
-
     languages = Languages(config.languages) if config.languages else None
     verdicts, types, ids = bytearray(), set(), array("q")
     for record in read_models(config.input, TypedQuery):
@@ -158,8 +155,6 @@ def _code(reason: str | None) -> int:
 
 
 def _fault(config: FilterQueryRecsConfig, record: TypedQuery, languages: Languages | None) -> str | None:
-    from rmsearch.datasets.duplicates import words
-
     if record.query_type not in config.filter:
         return "type"
     if languages is not None and not languages.may_be(record.query, config.languages):
@@ -177,10 +172,6 @@ def _fault(config: FilterQueryRecsConfig, record: TypedQuery, languages: Languag
 
 def _refuse_doubles(uri: str, hashes: array[int]) -> None:
     """RecordError when a query_id comes twice."""
-    import numpy as np
-
-    from rmsearch.storage.records import read_models
-
     values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
     if not (counts > 1).any():
         return
@@ -196,16 +187,12 @@ def _refuse_doubles(uri: str, hashes: array[int]) -> None:
 
 def _left(config: FilterQueryRecsConfig, verdicts: bytearray) -> Iterator[tuple[int, TypedQuery]]:
     """Positions and records that no filter has dropped so far."""
-    from rmsearch.storage.records import read_models
-
     for position, record in enumerate(read_models(config.input, TypedQuery)):
         if verdicts[position] == KEPT:
             yield position, record
 
 
 def _drop_near_duplicates(config: FilterQueryRecsConfig, verdicts: bytearray, threshold: float) -> None:
-    from rmsearch.datasets.duplicates import near_duplicates
-
     for irrelevant in (False, True):
         positions = array("q")
 
@@ -222,15 +209,12 @@ def _drop_near_duplicates(config: FilterQueryRecsConfig, verdicts: bytearray, th
 
 
 def _drop_by_round_trip(config: FilterQueryRecsConfig, run: Run, verdicts: bytearray, rank: int) -> None:
-    from rmsearch.datasets.corpus import indexed, read_corpus
-    from rmsearch.retrieval.round_trip import Asked, by_embedding, by_records
-
     positions, wanted = array("q"), bytearray()
-    queries: list[Asked] = []
+    queries: list[GeneratedQuery] = []
     for position, record in _left(config, verdicts):
         positions.append(position)
         wanted.append(record.query_type != IRRELEVANT)
-        queries.append(Asked(record.query_id or str(position), record.query, record.df_id))
+        queries.append(GeneratedQuery(record.query_id or str(position), record.query, record.df_id))
     if config.relevance_json is not None:
         found = by_records(config.relevance_json, queries, rank)
     else:

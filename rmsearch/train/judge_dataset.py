@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import SampledSet
-from rmsearch.preferences.judges import Comparison, Contest, decided_by, judged
-from rmsearch.preferences.judging import JudgeFlags, as_messages, collecting, comparisons, count_comparisons, tie_record
+from rmsearch.preferences.judge_flags import JudgeFlags
+from rmsearch.preferences.judges import Comparison, Contest, Judged
+from rmsearch.preferences.judging import as_messages, judge_sets, preference
 from rmsearch.preferences.verdicts import Verdict
 from rmsearch.stage import Run, option, stage
 from rmsearch.storage.records import read_models
@@ -37,28 +38,22 @@ def judge_dataset(config: JudgeConfig, run: Run) -> None:
     Queries are split into train and test by their text, so that none is in both and later rows move none. Counts:
     ties, agreement of the two orders, first_preferred (0.5 is no position bias), overlap of the split (0).
     """
-    total = count_comparisons(_contests(config.sets), config.sample_pairs, config.sets)
-    asked = comparisons(_contests(config.sets), config.sample_pairs, config.seed)
-    decided = decided_by(config)
-    with collecting(config) as records:
-        for comparison, verdict in judged(config, run, asked, total):
-            query = comparison.contest.query
+
+    def contests() -> Iterator[Contest]:
+        for each in read_models(config.sets, SampledSet):
+            yield Contest(each.query, each.query_id, each.query_type, each.keys, each.key_ids, each.positive_ids)
+
+    def records(contest: Contest, verdicts: Sequence[Judged], decided: str) -> Iterator[dict[str, Any]]:
+        for comparison, verdict in verdicts:
             if verdict.winner:
-                records.put(query, _record(config, comparison, verdict, decided))
-            else:
-                records.put(query, tie_record(comparison, verdict, decided), tie=True)
-        records.write(run)
+                yield _record(config, comparison, verdict, decided)
 
-
-def _contests(uri: str) -> Iterator[Contest]:
-    for each in read_models(uri, SampledSet):
-        yield Contest(each.query, each.query_id, each.query_type, each.keys, each.key_ids, each.positive_ids)
+    judge_sets(config, run, contests, records)
 
 
 def _record(config: JudgeConfig, comparison: Comparison, verdict: Verdict, decided: str) -> dict[str, Any]:
     contest = comparison.contest
-    places = (comparison.first, comparison.second)
-    chosen, rejected = places if verdict.winner > 0 else places[::-1]
+    chosen, rejected = preference(comparison, verdict)
     margin = verdict.margin(config.margin_max)
     if config.record_form == "messages":
         return {

@@ -7,14 +7,16 @@ from rmsearch.datasets.preferences import common_template, read_pairs
 from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.data import encode_pairs
-from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
+from rmsearch.trainer.export import export
+from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import PairLoss
+from rmsearch.trainer.model import prepare_base
 
 
 class LoraConfig(TrainingConfig):
     """Config of `rmsearch train lora`."""
 
-    loss: PairLoss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")
+    loss: PairLoss = option("bradley-terry", "Loss to minimise: bradley-terry, listwise, margin-mse or soft.")
 
 
 @stage("train.lora", next_step="rmsearch evaluation rerank --model-name {output_dir} --embed-output …")
@@ -28,7 +30,10 @@ def lora(config: LoraConfig, run: Run) -> None:
     accelerate launch -m rmsearch.train.lora …
     """
     base = prepare_base(config, common_template(config.dataset_list_train, read_pairs))
-    fit(config, run, base, *encoded_sides(config, run, base, read_pairs, encode_pairs))
+    train, test = encode_files(config, run, base, read_pairs, encode_pairs)
+    training = prepare_training(config, run, base, train, test)
+    trainer = fit(training)
+    export(training, trainer)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import KeyLadder
-from rmsearch.engines.generation import Generation
-from rmsearch.errors import ConfigError
-from rmsearch.llm.asking import Question, ask, json_value
-from rmsearch.llm.instructions import Instruction, instruction
 from rmsearch.preferences.ladder_order import OrderFlags, verified
 from rmsearch.preferences.ladders import (
-    combination,
-    fitting,
+    TEXT,
+    Task,
+    ask_ladders,
     key_ladder_pairs,
     key_ladder_row,
+    list_schema,
+    object_schema,
     require_distinct,
     require_language,
+    some_ladders,
     string,
     strings,
 )
 from rmsearch.stage import Run, option, stage, target
+from rmsearch.storage.records import read_models, write_records
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English text has, so that an answer ends before --max-tokens
 LENGTH_ASKED = 0.1  # how far from the row's length the instruction lets a key go
@@ -52,16 +52,6 @@ class KeyLadderConfig(OrderFlags):
         return self.max_characters or max(share, 20)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A row, and the style and strategy whose turn it is."""
-
-    row_id: str
-    text: str
-    style: dict[str, str]
-    strategy: dict[str, str]
-
-
 @stage("train.make_query_and_less_relevant_keys_recs")
 def make_query_and_less_relevant_keys_recs(config: KeyLadderConfig, run: Run) -> None:
     """Make a query and keys of falling relevance for every row of a corpus.
@@ -71,10 +61,18 @@ def make_query_and_less_relevant_keys_recs(config: KeyLadderConfig, run: Run) ->
     combinations. The order can be verified by a reward model or a judge (--verify). Answers of the wrong form are
     asked again, then rejected; nothing is filled in.
     """
-    from rmsearch.storage.records import read_models, write_records
-
-    rows = config.check()
-    ladders = _ladders(config, run, rows)
+    rows, count = config.check(), config.n_key_generation
+    ladders: Iterable[KeyLadder] = ask_ladders(
+        run,
+        config,
+        "less_relevant_keys",
+        ("styles", "strategies"),
+        config.longest,
+        object_schema(query=TEXT, keys=list_schema(count)),
+        lambda task, value, tag: _ladder(task, value, count, config.max_length_ratio, tag),
+        rows,
+        n=count,
+    )
     if config.verify != "none":
         ladders = _verified(config, run, ladders)
     run.counts["rows"] = rows
@@ -89,8 +87,6 @@ def make_query_and_less_relevant_keys_recs(config: KeyLadderConfig, run: Run) ->
 
 def _verified(config: KeyLadderConfig, run: Run, ladders: Iterable[KeyLadder]) -> Iterator[KeyLadder]:
     """All ladders are made before the first is verified: two models at a time may not fit the GPU."""
-    from rmsearch.storage.records import read_models, write_records
-
     with tempfile.TemporaryDirectory() as folder:
         made = str(Path(folder) / "ladders.jsonl")
         total = write_records(made, ladders)
@@ -98,48 +94,7 @@ def _verified(config: KeyLadderConfig, run: Run, ladders: Iterable[KeyLadder]) -
     run.check_rejects(int(run.counts["questions"]))
 
 
-def _ladders(config: KeyLadderConfig, run: Run, rows: int) -> Iterator[KeyLadder]:
-    spec, count = instruction("less_relevant_keys"), config.n_key_generation
-    schema = answer_schema(count)
-
-    def questions() -> Iterator[Question[Task]]:
-        run.counts["cut_rows"] = 0
-        for task in _tasks(config, run, spec):
-            fields = {"styles": task.style["text"], "strategies": task.strategy["text"], "n": count}
-            messages = spec.messages(text=task.text, characters=len(task.text), **fields)
-            yield Question(task, messages, schema=schema)
-
-    def parse(task: Task, generation: Generation) -> KeyLadder:
-        return parse_answer(task, json_value(generation), count, config.max_length_ratio, spec.tag)
-
-    for answer in ask(run, config, questions(), parse, rows):
-        yield answer.value
-    run.check_rejects(int(run.counts["questions"]))
-
-
-def _tasks(config: KeyLadderConfig, run: Run, spec: Instruction) -> Iterator[Task]:
-    styles, strategies = spec.parts["styles"], spec.parts["strategies"]
-    fit = fitting(config, spec, config.longest, n=config.n_key_generation, characters=config.longest)
-    for position, row in enumerate(config.rows()):
-        style, strategy = combination(position, len(styles), len(strategies))
-        text = fit(row.text.strip())
-        run.counts["cut_rows"] += len(text) < len(row.text.strip())  # type: ignore[operator]
-        yield Task(row.id, text, styles[style], strategies[strategy])
-
-
-def answer_schema(count: int) -> dict[str, Any]:
-    """The JSON schema of an answer with ``count`` keys."""
-    text = {"type": "string", "minLength": 1}
-    keys = {"type": "array", "items": text, "minItems": count, "maxItems": count}
-    return {
-        "type": "object",
-        "properties": {"query": text, "keys": keys},
-        "required": ["query", "keys"],
-        "additionalProperties": False,
-    }
-
-
-def parse_answer(task: Task, value: Any, count: int, max_ratio: float, tag: str) -> KeyLadder:
+def _ladder(task: Task, value: Any, count: int, max_ratio: float, tag: str) -> KeyLadder:
     """The ladder of an answer; ValueError says why it is none."""
     if not isinstance(value, dict) or "query" not in value:
         raise ValueError("the answer has no field 'query'")
@@ -156,8 +111,8 @@ def parse_answer(task: Task, value: Any, count: int, max_ratio: float, tag: str)
         correspond_key=task.text,
         less_relevant_keys=keys,
         df_id=task.row_id,
-        query_type=task.style["type"],
-        strategy=task.strategy["name"],
+        query_type=task.parts[0]["type"],
+        strategy=task.parts[1]["name"],
         prompt=tag,
     )
 
@@ -166,14 +121,12 @@ def _measured(run: Run, ladders: Iterable[KeyLadder]) -> Iterator[KeyLadder]:
     """The ladders as they come; how their keys' lengths compare with the rows' goes into the run: lengths that fall
     with the rank would teach a model to count characters. ConfigError when there is none."""
     total, off, sums = 0, 0, [0.0] * 0
-    for ladder in ladders:
+    for ladder in some_ladders(ladders):
         ratios = [len(key) / len(ladder.correspond_key) for key in ladder.less_relevant_keys]
         sums = [a + b for a, b in zip(sums or [0.0] * len(ratios), ratios, strict=True)]
         off += sum(abs(ratio - 1) > LENGTH_ASKED for ratio in ratios)
         total += 1
         yield ladder
-    if not total:
-        raise ConfigError("gave no ladder at all", where="the language model", remedy="See the rejects file")
     run.counts["keys_off_length"] = off
     run.note(mean_length_ratios=[round(each / total, 3) for each in sums])
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import model_validator
 
 from rmsearch.cli import main
-from rmsearch.datasets.chain import AdvancedRow, QueryChoices, QueryLadder
-from rmsearch.engines.generation import Generation
+from rmsearch.datasets.chain import QueryChoices, QueryLadder
 from rmsearch.errors import ConfigError
-from rmsearch.llm.asking import Question, ask, json_value
-from rmsearch.llm.instructions import Instruction, instruction
 from rmsearch.preferences.ladders import (
     LadderFlags,
-    combination,
-    fitting,
+    Task,
+    ask_ladders,
+    list_schema,
+    object_schema,
     query_choices_row,
     query_ladder_row,
     require_distinct,
     require_language,
+    some_ladders,
     strings,
 )
 from rmsearch.stage import Run, ignored, option, stage
+from rmsearch.storage.records import read_models, write_records
 
 LONG_ANSWERS = 6000  # tokens, of variant 3
 
@@ -57,24 +56,6 @@ class QueryPairsConfig(LadderFlags):
             raise ConfigError("a ladder has two queries or more", where="--n-query-generation")
         return super().check()
 
-    @property
-    def lists(self) -> tuple[str, ...]:
-        """Names of an answer's lists."""
-        return ("chosen_queries", "rejected_queries") if self.variant == 3 else ("queries",)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A row, and the type of query and the way of moving off whose turn it is."""
-
-    row_id: str
-    text: str
-    type: dict[str, str]
-    way: dict[str, str]
-
-
-Ladder = QueryLadder | QueryChoices
-
 
 @stage("train.make_query_dpo_pairs")
 def make_query_dpo_pairs(config: QueryPairsConfig, run: Run) -> None:
@@ -85,75 +66,34 @@ def make_query_dpo_pairs(config: QueryPairsConfig, run: Run) -> None:
     claims that use its words and that it does not support. 6 types of queries and 4 ways of moving off take turns.
     Answers of the wrong form are asked again, then rejected; nothing is filled in.
     """
-    from rmsearch.storage.records import read_models, write_records
+    rows, count = config.check(), config.n_query_generation
+    lists = ("chosen_queries", "rejected_queries") if config.variant == 3 else ("queries",)
+    kind: Any = QueryChoices if config.variant == 3 else QueryLadder
 
-    rows = config.check()
+    def ladder(task: Task, value: Any, tag: str) -> QueryLadder | QueryChoices:
+        found = {name: strings(value, name, count) for name in lists}
+        queries = [query for name in lists for query in found[name]]
+        require_distinct(queries, "queries", [task.text], "the row itself")
+        require_language(queries, task.text)
+        types = [task.parts[0]["name"]] * len(queries)
+        return kind(**found, key=task.text, df_id=task.row_id, query_types=types, prompt=tag)
+
     run.counts["rows"] = rows
-    run.counts["ladders"] = write_records(config.output, _some(_ladders(config, run, rows)))
+    ladders = ask_ladders(
+        run,
+        config,
+        f"query_ladder_{config.variant}",
+        ("types", "ways"),
+        config.max_characters,
+        object_schema(**dict.fromkeys(lists, list_schema(count))),
+        ladder,
+        rows,
+        n=count,
+    )
+    run.counts["ladders"] = write_records(config.output, some_ladders(ladders))
     if config.adpo_output:
-        advanced: Iterable[AdvancedRow]
-        if config.variant == 3:
-            advanced = map(query_choices_row, read_models(config.output, QueryChoices))
-        else:
-            advanced = map(query_ladder_row, read_models(config.output, QueryLadder))
-        write_records(config.adpo_output, advanced)
-
-
-def _ladders(config: QueryPairsConfig, run: Run, rows: int) -> Iterator[Ladder]:
-    spec, count = instruction(f"query_ladder_{config.variant}"), config.n_query_generation
-    schema = answer_schema(config.lists, count)
-
-    def questions() -> Iterator[Question[Task]]:
-        run.counts["cut_rows"] = 0
-        for task in _tasks(config, run, spec):
-            messages = spec.messages(text=task.text, types=task.type["text"], ways=task.way["text"], n=count)
-            yield Question(task, messages, schema=schema)
-
-    def parse(task: Task, generation: Generation) -> Ladder:
-        return parse_answer(task, json_value(generation), config.lists, count, spec.tag)
-
-    for answer in ask(run, config, questions(), parse, rows):
-        yield answer.value
-    run.check_rejects(int(run.counts["questions"]))
-
-
-def _tasks(config: QueryPairsConfig, run: Run, spec: Instruction) -> Iterator[Task]:
-    types, ways = spec.parts["types"], spec.parts["ways"]
-    fit = fitting(config, spec, config.max_characters, n=config.n_query_generation)
-    for position, row in enumerate(config.rows()):
-        kind, way = combination(position, len(types), len(ways))
-        text = fit(row.text.strip())
-        run.counts["cut_rows"] += len(text) < len(row.text.strip())  # type: ignore[operator]
-        yield Task(row.id, text, types[kind], ways[way])
-
-
-def answer_schema(lists: Iterable[str], count: int) -> dict[str, Any]:
-    """The JSON schema of an answer with so many queries in each list."""
-    queries = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": count, "maxItems": count}
-    names = list(lists)
-    properties = dict.fromkeys(names, queries)
-    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
-
-
-def parse_answer(task: Task, value: Any, lists: tuple[str, ...], count: int, tag: str) -> Ladder:
-    """The ladder, or the choices, of an answer; ValueError says why it is none."""
-    found = {name: strings(value, name, count) for name in lists}
-    queries = [query for name in lists for query in found[name]]
-    require_distinct(queries, "queries", [task.text], "the row itself")
-    require_language(queries, task.text)
-    kind: Callable[..., Ladder] = QueryChoices if len(lists) == 2 else QueryLadder
-    types = [task.type["name"]] * len(queries)
-    return kind(**found, key=task.text, df_id=task.row_id, query_types=types, prompt=tag)
-
-
-def _some(ladders: Iterable[Ladder]) -> Iterator[Ladder]:
-    """The ladders; ConfigError when there is none."""
-    empty = True
-    for ladder in ladders:
-        empty = False
-        yield ladder
-    if empty:
-        raise ConfigError("gave no ladder at all", where="the language model", remedy="See the rejects file")
+        row: Any = query_choices_row if config.variant == 3 else query_ladder_row
+        write_records(config.adpo_output, map(row, read_models(config.output, kind)))
 
 
 if __name__ == "__main__":

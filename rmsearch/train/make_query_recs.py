@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
+from rmsearch.datasets.corpus import CorpusFlags
+from rmsearch.engines.generation import Generation
+from rmsearch.llm.answers import Queries, answer_schema, counts, read_queries
 from rmsearch.llm.asking import GeneratorFlags, Question, ask
+from rmsearch.llm.budget import Fitting
 from rmsearch.llm.instructions import instruction
-from rmsearch.stage import Run, option, source, stage, target
-
-if TYPE_CHECKING:
-    from rmsearch.engines.generation import Generation
-    from rmsearch.llm.answers import Queries
+from rmsearch.llm.languages import language
+from rmsearch.stage import Run, option, stage, target
+from rmsearch.storage.records import write_records
 
 
-class MakeQueryRecsConfig(GeneratorFlags):
+class MakeQueryRecsConfig(CorpusFlags, GeneratorFlags):
     """Config of `rmsearch train make_query_recs`."""
 
-    input_csv: str = source(
-        ..., "Corpus: .csv, .jsonl, .json or .parquet (each also .gz), or a folder of .txt and .md files."
-    )
-    text_column: str = option("text", "Column of the text.")
-    id_column: str | None = option(
-        None, "Column of the id; default: index, _id, id, df_id or corpus-id, else the position."
-    )
     output: str = target(..., "Query records to write (.json, .jsonl, .csv, .parquet, each also .gz).")
     max_characters: int = option(
         8000,
@@ -37,7 +32,7 @@ class MakeQueryRecsConfig(GeneratorFlags):
     same_language: bool = option(True, "Ask again when the queries are surely in another language than the row.")
 
 
-class Row(NamedTuple):
+class AskedRow(NamedTuple):
     """What of a row is needed to read its answer."""
 
     id: str
@@ -57,25 +52,19 @@ def make_query_recs(config: MakeQueryRecsConfig, run: Run) -> None:
     than twice --in-flight are held. Empty and repeated queries, apologies, and what is too long or more than was asked
     for are dropped and counted; an answer without a usable query is asked for again, then rejected.
     """
-    from rmsearch.datasets.corpus import read_corpus
-    from rmsearch.llm.answers import answer_schema, counts, read_queries
-    from rmsearch.llm.budget import Fitting
-    from rmsearch.llm.languages import language
-    from rmsearch.storage.records import write_records
-
     spec, schema, amounts = instruction("make_query_recs"), answer_schema(), counts()
-    rows = sum(1 for _ in read_corpus(config.input_csv, config.text_column, config.id_column))
+    rows = sum(1 for _ in config.rows())
     fit = Fitting(config, spec.messages(text="", **amounts), config.max_characters)
     tally: Counter[str] = Counter()
 
-    def questions() -> Iterator[Question[Row]]:
-        for row in read_corpus(config.input_csv, config.text_column, config.id_column):
+    def questions() -> Iterator[Question[AskedRow]]:
+        for row in config.rows():
             shown = fit(row.text)
             tally["cut_rows"] += len(shown) < len(row.text)
             written_in = language(shown) if config.same_language else None
-            yield Question(Row(row.id, written_in), spec.messages(text=shown, **amounts), schema)
+            yield Question(AskedRow(row.id, written_in), spec.messages(text=shown, **amounts), schema)
 
-    def parse(row: Row, generation: Generation) -> Queries:
+    def parse(row: AskedRow, generation: Generation) -> Queries:
         queries = read_queries(generation)
         _check_language(row, queries)
         return queries
@@ -98,10 +87,8 @@ def make_query_recs(config: MakeQueryRecsConfig, run: Run) -> None:
     run.note(prompt=spec.tag)
 
 
-def _check_language(row: Row, queries: Queries) -> None:
+def _check_language(row: AskedRow, queries: Queries) -> None:
     """ValueError when the queries together are surely in another language than the row."""
-    from rmsearch.llm.languages import language
-
     if row.language is None:
         return
     found = language("\n".join(query for texts in queries.by_type.values() for query in texts))

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from rmsearch.cli import main
-from rmsearch.datasets.corpus import Record, distinct, find_id_column, located_records, numbered
+from rmsearch.datasets.corpus import IdentifiedRow, distinct, find_id_column, located_records, numbered
 from rmsearch.datasets.hub import hub_rows
 from rmsearch.datasets.reservoir import reservoir
-from rmsearch.datasets.tables import Entry, TableWriter, plain_values, whole_folder
+from rmsearch.datasets.tables import TableRow, TableWriter, plain_values, whole_folder
 from rmsearch.errors import ConfigError, InputMissingError, RecordError, RMSearchError
 from rmsearch.stage import Run, StageConfig, option, source, stage, target
 from rmsearch.storage import uri as storage
+from rmsearch.storage.records import read_json
 
 
 class ProcessDataConfig(StageConfig):
@@ -34,7 +35,7 @@ class ProcessDataConfig(StageConfig):
         "data without --stream; of a stream it is datasets' own shuffle buffer of 10,000 rows, cut after so many.",
         ge=1,
     )
-    random_seed: int = option(42, "Of all choices; the same seed gives the same files.", ge=0)
+    random_seed: int = option(42, "Seed of the random draws; the same seed gives the same files.", ge=0)
     stream: bool = option(False, "Read the hub data set as it downloads. (Files are always streamed.)")
     text_column: str = option("text", "Column that becomes `text`.")
     id_column: str | None = option(
@@ -85,8 +86,6 @@ def process_data(config: ProcessDataConfig, run: Run) -> None:
 
 def _former(config: ProcessDataConfig) -> dict[str, Any] | None:
     """The run record of the last time."""
-    from rmsearch.storage.records import read_json
-
     place = f"{config.output_dir.rstrip('/')}.run.json"
     if not storage.exists(place):
         return None
@@ -129,7 +128,7 @@ def _local(config: ProcessDataConfig) -> bool:
     return True
 
 
-def _rows(config: ProcessDataConfig) -> Callable[[], Iterator[Record]]:
+def _rows(config: ProcessDataConfig) -> Callable[[], Iterator[IdentifiedRow]]:
     """A function that gives all rows with their ids, from the start at each call."""
     if _local(config):
         return lambda: numbered(located_records(config.dataset_name), config.id_column)
@@ -145,17 +144,19 @@ def _rows(config: ProcessDataConfig) -> Callable[[], Iterator[Record]]:
     return lambda: numbered(rows(), config.id_column)
 
 
-def _sampled(config: ProcessDataConfig, rows: Callable[[], Iterator[Record]], stack: ExitStack) -> Iterator[Record]:
+def _sampled(
+    config: ProcessDataConfig, rows: Callable[[], Iterator[IdentifiedRow]], stack: ExitStack
+) -> Iterator[IdentifiedRow]:
     """--n-sample rows of files: one pass, then the sample in random order."""
     assert config.n_sample is not None
     sample = stack.enter_context(reservoir(config.n_sample, config.random_seed))
     for where, identity, values in distinct(rows):
         if (slot := sample.slot()) is not None:
             sample.put(slot, json.dumps([where, identity, plain_values(values, where)]).encode())
-    return (Record(*json.loads(item)) for item in sample.items(shuffled=True))
+    return (IdentifiedRow(*json.loads(item)) for item in sample.items(shuffled=True))
 
 
-def _write(config: ProcessDataConfig, run: Run, rows: Iterator[Record], tables: TableWriter) -> int:
+def _write(config: ProcessDataConfig, run: Run, rows: Iterator[IdentifiedRow], tables: TableWriter) -> int:
     """Write the rows that have a text; returns how many there were with the others."""
     total, layout = 0, None
     with run.progress(unit="rows") as shown:
@@ -178,16 +179,16 @@ class Layout(NamedTuple):
     split: str
     spare: frozenset[str | None]
 
-    def entry(self, record: Record, text: str) -> Entry:
+    def entry(self, record: IdentifiedRow, text: str) -> TableRow:
         """The row's columns: index, text, split, the others; one that would take one of the first two names moves."""
         values = {"index": record.id, "text": text, "split": self.split}
         for name, value in plain_values(record.values, record.where).items():
             if name not in self.spare:
                 values[f"source_{name}" if name in ("index", "text") else name] = value
-        return Entry(record.where, values)
+        return TableRow(record.where, values)
 
 
-def _layout(config: ProcessDataConfig, first: Record) -> Layout:
+def _layout(config: ProcessDataConfig, first: IdentifiedRow) -> Layout:
     if config.text_column not in first.values:
         remedy = f"Name one with --text-column: {', '.join(first.values) or 'there are none'}"
         raise RecordError(f"has no column {config.text_column!r}", where=first.where, remedy=remedy)

@@ -94,7 +94,7 @@ class Table:
 
 
 def text_digest(query: str, key: str) -> bytes:
-    """What a (query, key) pair of texts is remembered by."""
+    """Digest by which a (query, key) pair of texts is known again."""
     state = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16)
     state.update(b"\0\xff\0" + key.encode("utf-8", "surrogatepass"))
     return state.digest()
@@ -108,7 +108,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def encode_pairs(pairs: Iterable[Pair], renderer: Renderer, reject: Reject | None = None) -> Encoded:
-    """Renders pairs. Pairs whose two inputs are the same tokens (the texts differ only past the cut) are given to
+    """Render pairs. Pairs whose two inputs are the same tokens (the texts differ only past the cut) are given to
     ``reject`` and left out: they teach nothing."""
     table, groups, queries = Table(renderer), dict[int, int](), set[bytes]()
     chosen, rejected, margins, group = [], [], [], []

@@ -29,7 +29,7 @@ def refuse_circles(row: OrderedRow) -> None:
 
 
 def encode_rows(rows: Iterable[OrderedRow], renderer: Renderer, reject: Reject | None = None) -> Encoded:
-    """Renders the candidates that occur in a preference; the pairs of a row stay together (``Encoded.start``).
+    """Render the candidates that occur in a preference; the pairs of a row stay together (``Encoded.start``).
 
     Texts that differ only past the cut are one candidate: pairs of two such texts, and rows whose preferences go in a
     circle for it, are given to ``reject`` and left out.
@@ -70,7 +70,7 @@ class _Kept:
     )
 
     def add(self, row: OrderedRow, place: Mapping[int, int], inputs: Sequence[np.ndarray]) -> None:
-        """Adds a row. place: candidate -> position in ``inputs``."""
+        """Add a row. place: candidate -> position in ``inputs``."""
         first: dict[bytes, int] = {}
         same = {i: first.setdefault(inputs[at].tobytes(), i) for i, at in place.items()}
         kept = [(same[a], same[b], n) for n, (a, b) in enumerate(row.pairs) if same[a] != same[b]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm_server import serving
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError, RejectedError
 from rmsearch.llm.asking import GeneratorFlags, Question, ask, json_value
-from rmsearch.llm.instructions import Instruction, instruction, instructions
+from rmsearch.llm.instructions import Instruction, instruction
 from rmsearch.stage import Run, execute, source, stage, target
 from rmsearch.storage.records import read_records, write_records
 
@@ -178,6 +179,7 @@ def test_a_field_may_hold_braces_and_a_missing_one_is_named() -> None:
 
 
 def test_all_instructions_load_and_an_unknown_one_names_the_others() -> None:
-    assert all(each.version >= 1 and each.user for each in instructions())
+    names = [path.name.removesuffix(".yaml") for path in (files("rmsearch.llm") / "prompts").iterdir()]
+    assert len(names) >= 6 and all(instruction(name).version >= 1 and instruction(name).user for name in names)
     with pytest.raises(ConfigError, match="There are:"):
         instruction("nothing")

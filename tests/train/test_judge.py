@@ -28,7 +28,8 @@ from rmsearch.datasets.records import MessagePair, PreferencePair
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError, RecordError, RejectedError
 from rmsearch.llm.instructions import instruction
-from rmsearch.preferences.judging import beside, side_of
+from rmsearch.preferences.judge_flags import beside
+from rmsearch.preferences.judging import side_of
 from rmsearch.preferences.orders import levels
 from rmsearch.preferences.verdicts import (
     Opinion,

@@ -11,75 +11,20 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.datasets.preferences import Pair, common_template, read_pairs
-from rmsearch.errors import ConfigError, ModelError, RecordError
+from rmsearch.datasets.preferences import Pair, read_pairs
+from rmsearch.errors import ConfigError, ModelError
+from rmsearch.models.folder import ModelFolder
 from rmsearch.prompts.renderer import Renderer
 from rmsearch.prompts.templates import TEMPLATES
-from rmsearch.storage.records import write_records
+from rmsearch.trainer.adapters import choose_layers, lora_config, start_pooler
 from rmsearch.trainer.batches import PairCollator, PairSampler, pair_order
 from rmsearch.trainer.data import encode_pairs
 from rmsearch.trainer.losses import preference_loss
-from rmsearch.trainer.model import choose_layers, load_base, lora_config
+from rmsearch.trainer.model import load_base
 
 
 def renderer(length: int = 64) -> Renderer:
     return Renderer(tiny_models.bert_tokenizer(), TEMPLATES["encoder"], length)
-
-
-def test_raw_and_upstream_records_give_the_same_pairs(tmp_path: Path) -> None:
-    rows = pair_sets.pairs(5)
-    raw = pair_sets.write(tmp_path / "raw.json", rows)
-    chats = pair_sets.write(tmp_path / "chats.json", [pair_sets.upstream_form(row) for row in rows])
-    assert [pair[:4] for pair in read_pairs(raw)] == [pair[:4] for pair in read_pairs(chats)]
-    assert common_template([chats], read_pairs) == "upstream_lora"
-    assert common_template([raw], read_pairs) is None
-    assert common_template([raw, chats], read_pairs) is None
-
-
-def test_a_question_and_answer_chat_is_query_and_key(tmp_path: Path) -> None:
-    def chat(answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": "which gene?"}, {"role": "assistant", "content": answer}]
-
-    path = pair_sets.write(tmp_path / "qa.json", [{"chosen_msg": chat("this"), "rejected_msg": chat("that")}])
-    assert next(read_pairs(path))[:3] == ("which gene?", "this", "that")
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"query": "q", "chosen_key": "same", "rejected_key": "same"}, "same text"),
-        ({"query": "q", "chosen_key": "a"}, "rejected_key"),
-        ({"query": "q", "chosen_key": "a", "rejected_key": 3}, "rejected_key"),
-        (
-            {"chosen_msg": [{"role": "user", "content": "a"}], "rejected_msg": [{"role": "user", "content": "b"}]},
-            "no known prompt",
-        ),
-    ],
-)
-def test_bad_rows_are_refused_with_file_and_row(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    path = pair_sets.write(tmp_path / "bad.json", [*pair_sets.pairs(2), row])
-    with pytest.raises(RecordError, match=problem) as error:
-        list(read_pairs(path))
-    assert "bad.json:2" in str(error.value)
-
-
-def test_an_empty_cell_of_a_csv_is_no_margin(tmp_path: Path) -> None:
-    write_records(
-        str(tmp_path / "a.csv"), [row | {"margin": m} for row, m in zip(pair_sets.pairs(2), (0.5, None), strict=True)]
-    )
-    assert [pair.margin for pair in read_pairs(str(tmp_path / "a.csv"))] == [0.5, None]
-
-
-def test_chats_are_refused_with_the_line_of_a_jsonl(tmp_path: Path) -> None:
-    chats = [pair_sets.upstream_form(row) for row in pair_sets.pairs(2)]
-    write_records(str(tmp_path / "a.jsonl"), [chats[0], chats[0] | {"rejected_msg": chats[1]["rejected_msg"]}])
-    with pytest.raises(RecordError, match=r"a\.jsonl:2: .*do not share one query"):
-        list(read_pairs(str(tmp_path / "a.jsonl")))
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="no pairs"):
-        list(read_pairs(pair_sets.write(tmp_path / "none.json", [])))
 
 
 def test_long_keys_are_cut_and_counted_and_equal_tokens_set_aside(tmp_path: Path) -> None:
@@ -204,7 +149,7 @@ def test_lora_goes_into_attention_and_mlp_only(tmp_path: Path) -> None:
         (encoder, "encoder", "layer.1.", {"classifier", "pooler"}),
         (decoder, "chat", "layers.1.", {"score"}),
     ):
-        base = load_base(folder, TEMPLATES[name], 64, dtype="float32", attention=None, seed=0)
+        base = load_base(ModelFolder(folder), TEMPLATES[name], 64, dtype="float32", attention=None, seed=0)
         wanted = lora_config(base, rank=4, alpha=8, dropout=0, targets="auto", layers="last-1")
         model = get_peft_model(base.model, wanted)
         adapted = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
@@ -218,11 +163,11 @@ def test_lora_goes_into_attention_and_mlp_only(tmp_path: Path) -> None:
 def test_heads_with_several_labels_and_adapters_are_refused(tmp_path: Path) -> None:
     several = tiny_models.bert_cross_encoder(tmp_path / "three", num_labels=3)
     with pytest.raises(ModelError, match="3 labels"):
-        load_base(several, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        load_base(ModelFolder(several), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
     base = tiny_models.bert_cross_encoder(tmp_path / "bert")
     adapter = tiny_models.lora_adapter(tmp_path / "adapter", base)
     with pytest.raises(ModelError, match="adapter"):
-        load_base(adapter, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        load_base(ModelFolder(adapter), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
 
 
 def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
@@ -232,7 +177,7 @@ def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
-    base = load_base(folder, TEMPLATES["chat"], 128, dtype="float32", attention=None, seed=0)
+    base = load_base(ModelFolder(folder), TEMPLATES["chat"], 128, dtype="float32", attention=None, seed=0)
     rendered = base.renderer.render("which gene", "this one").ids
     assert rendered[-1] == base.tokenizer.eos_token_id != base.tokenizer.pad_token_id
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
@@ -248,18 +193,16 @@ def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
 
 
 def test_the_pooler_starts_as_asked(tmp_path: Path) -> None:
-    from rmsearch.trainer.model import start_pooler
-
     folder = tiny_models.bert_cross_encoder(tmp_path / "bert")
     for how in ("identity", "new", "keep"):
-        base = load_base(folder, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        base = load_base(ModelFolder(folder), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
         dense = base.model.bert.pooler.dense
         before = dense.weight.clone()
         start_pooler(base.model, how)
         assert torch.equal(dense.weight, torch.eye(64)) == (how == "identity")
         assert torch.equal(dense.weight, before) == (how == "keep")
     decoder = load_base(
-        tiny_models.decoder_reward_model(tmp_path / "qwen3"),
+        ModelFolder(tiny_models.decoder_reward_model(tmp_path / "qwen3")),
         TEMPLATES["chat"],
         64,
         dtype="float32",
