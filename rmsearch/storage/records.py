@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
@@ -56,14 +56,21 @@ def numbered_records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_models(uri: str, model: type[M]) -> Iterator[M]:
     """The records as instances of a pydantic model. Raises as `read_records`, and RecordError
     ``file:row: field: problem`` for a record that does not fit."""
+    return (each for _, each in numbered_models(uri, lambda _: model))
+
+
+def numbered_models(uri: str, form: Callable[[dict[str, Any]], type[M]]) -> Iterator[tuple[int, M]]:
+    """(number, record) as `read_models`, where ``form`` says which model a record is of."""
+
     from_csv = suffix_of(uri).startswith("csv")
     for row, record in numbered_records(uri):
+        model = form(record)
         try:
-            yield model.model_validate(record)
+            yield row, model.model_validate(record)
         except ValidationError as error:
             if from_csv:
                 try:
-                    yield model.model_validate(_csv_values(record, error))
+                    yield row, model.model_validate(_csv_values(record, error))
                     continue
                 except ValidationError as second:
                     error = second
