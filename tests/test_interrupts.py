@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pair_sets
 import pytest
 import tiny_models
 from llm_server import serving
@@ -199,6 +200,23 @@ def beir(folder: Path, keys: int) -> Path:
     (data / "qrels").mkdir()
     (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tk1\t1\n")
     return data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "seconds", "kept"), [([signal.SIGTERM], 20.0, 1), ([signal.SIGINT] * 2, SECONDS, 0)]
+)
+def test_training_saves_its_state_first_unless_told_twice(
+    tmp_path: Path, signals: list[int], seconds: float, kept: int
+) -> None:
+    rows = pair_sets.write(tmp_path / "train.json", pair_sets.pairs(2000))
+    base, output = tiny_models.bert_cross_encoder(tmp_path / "base"), tmp_path / "model"
+    arguments = ["rmsearch.train.lora", "--dataset-list-train", rows, "--model-name", base, "--output-dir", output]
+    arguments += ["--dtype", "fp32", "--num-train-epochs", 1000, "--per-device-train-batch-size", 64]
+    with command(*arguments, "--save-steps", 100_000) as running:
+        running.wait_for(lambda: any("progress " in line and "done=0" not in line for line in running.lines))
+        running.must_stop(seconds, *signals)
+    assert len(list(output.glob("checkpoint-*/rmsearch_checkpoint.json"))) == kept
 
 
 @pytest.mark.vllm

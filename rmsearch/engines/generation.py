@@ -17,7 +17,7 @@ Messages = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0: the most likely token each time. logprobs: so many alternatives per token."""
+    """Settings of sampling. temperature 0: the likeliest token each time. logprobs: so many alternatives per token."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -48,7 +48,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ChatRequest:
     """One request: messages, and what form the answer must have (a JSON schema, or one of some choices)."""
 
     messages: list[dict[str, str]]
@@ -58,11 +58,11 @@ class Wish:
 
 
 class GenerationBackend(Closable, Protocol):
-    """A model that answers one wish at a time; ``in_flight`` of them together."""
+    """A model that answers one request at a time; ``in_flight`` of them together."""
 
     in_flight: int
 
-    async def generate(self, wish: Wish) -> Generation: ...
+    async def generate(self, request: ChatRequest) -> Generation: ...
 
 
 class TextGenerator(LoadedModel[GenerationBackend]):
@@ -84,15 +84,16 @@ class TextGenerator(LoadedModel[GenerationBackend]):
         if schema is not None and choices is not None:
             raise ConfigError("a schema and choices exclude each other", remedy="Give one of them")
         form = (None if schema is None else dict(schema), None if choices is None else tuple(choices))
-        wishes = [
-            Wish(conversation(messages, i), sampling or Sampling(), *form) for i, messages in enumerate(messages_list)
+        requests = [
+            ChatRequest(conversation(messages, i), sampling or Sampling(), *form)
+            for i, messages in enumerate(messages_list)
         ]
         slots = asyncio.Semaphore(self.backend.in_flight)
 
-        async def one(wish: Wish) -> Generation:
+        async def one(request: ChatRequest) -> Generation:
             async with slots:
-                answer = await self.backend.generate(wish)
-            if wish.choices is not None and answer.text not in wish.choices:
+                answer = await self.backend.generate(request)
+            if request.choices is not None and answer.text not in request.choices:
                 raise AnswerError(
                     f"the answer {answer.text[:60]!r} is none of the choices",
                     remedy="The server takes no choices: use a vLLM server or a schema",
@@ -100,7 +101,7 @@ class TextGenerator(LoadedModel[GenerationBackend]):
                 )
             return answer
 
-        tasks = [asyncio.create_task(one(wish)) for wish in wishes]
+        tasks = [asyncio.create_task(one(request)) for request in requests]
         try:
             return list(await asyncio.gather(*tasks))
         finally:

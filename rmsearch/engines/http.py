@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.generation import Generation, Wish
+from rmsearch.engines.generation import ChatRequest, Generation
 from rmsearch.engines.server import NoRouteError, Server
 from rmsearch.errors import ModelError
 from rmsearch.prompts.renderer import Prepared, Rendered, Renderer
@@ -31,7 +31,7 @@ class TextPair:
 
 
 class TextRenderer:
-    """Leaves pairs as text; with a Renderer the texts are cut where its token ids would be."""
+    """A renderer that leaves pairs as text; with a Renderer they are cut where its token ids would be."""
 
     def __init__(self, renderer: Renderer | None = None) -> None:
         self._renderer = renderer
@@ -133,7 +133,7 @@ class HTTPScoring:
         return rewards
 
     def close_sync(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._server.close_sync()
 
 
@@ -167,7 +167,7 @@ class HTTPEmbedding:
         return vectors
 
     def close_sync(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._server.close_sync()
 
 
@@ -177,9 +177,9 @@ class HTTPGeneration:
     def __init__(self, server: Any, model: str | None) -> None:
         self._server, self._model, self.in_flight = server, model, server.concurrency
 
-    async def generate(self, wish: Wish) -> Generation:
-        """The answer to one wish. Schemas go as response_format, choices in vLLM's own field."""
-        answer = await self._server.post("/v1/chat/completions", _chat_body(self._model, wish))
+    async def generate(self, request: ChatRequest) -> Generation:
+        """Answer one request. Schemas go as response_format, choices in vLLM's own field."""
+        answer = await self._server.post("/v1/chat/completions", _chat_body(self._model, request))
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"] or ""
@@ -194,15 +194,15 @@ class HTTPGeneration:
         return Generation(text, tokens, choice.get("finish_reason") or "stop", logprobs, read)
 
     def close_sync(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._server.close_sync()
 
 
-def _chat_body(model: str | None, wish: Wish) -> dict[str, Any]:
-    sampling = wish.sampling
+def _chat_body(model: str | None, request: ChatRequest) -> dict[str, Any]:
+    sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
-        "messages": wish.messages,
+        "messages": request.messages,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
@@ -213,9 +213,9 @@ def _chat_body(model: str | None, wish: Wish) -> dict[str, Any]:
         body["stop"] = list(sampling.stop)
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
-    if wish.schema is not None:
-        schema = {"name": "answer", "schema": wish.schema, "strict": True}
+    if request.schema is not None:
+        schema = {"name": "answer", "schema": request.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if wish.choices is not None:
-        body["structured_outputs"] = {"choice": list(wish.choices)}
+    if request.choices is not None:
+        body["structured_outputs"] = {"choice": list(request.choices)}
     return body

@@ -103,7 +103,7 @@ class Server:
         return ModelError(problem, where=where, remedy="Check that model and server fit the request")
 
     def close_sync(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._thread.stop(self._client.aclose)
 
 

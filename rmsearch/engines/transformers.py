@@ -13,7 +13,7 @@ import numpy as np
 
 from rmsearch.cores import spare_cores
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.generation import Generation, Wish, prompt_ids
+from rmsearch.engines.generation import ChatRequest, Generation, prompt_ids
 from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
 from rmsearch.models.contract import Contract
@@ -160,7 +160,7 @@ class TransformersBackend:
             ) from None
 
     def close_sync(self) -> None:
-        """Frees the model."""
+        """Free the model."""
         import torch
 
         self._thread.stop()
@@ -235,24 +235,24 @@ class TransformersGeneration:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer, self._thread = model, tokenizer, LoopThread("rmsearch-model")
 
-    async def generate(self, wish: Wish) -> Generation:
-        """The answer to one wish; ConfigError for a form of answer, which this engine can't hold."""
-        if wish.schema is not None or wish.choices is not None:
+    async def generate(self, request: ChatRequest) -> Generation:
+        """Answer one request; ConfigError for one with a form of answer, which this engine cannot hold."""
+        if request.schema is not None or request.choices is not None:
             raise ConfigError(
                 "the transformers engine cannot hold answers to a schema or choices",
                 remedy="Use engine='vllm' or a server (base_url=…)",
             )
         abandoned = threading.Event()
         try:
-            return await self._thread.run(self._generate, wish, abandoned)
+            return await self._thread.run(self._generate, request, abandoned)
         finally:
             abandoned.set()
 
-    def _generate(self, wish: Wish, abandoned: threading.Event) -> Generation:
+    def _generate(self, request: ChatRequest, abandoned: threading.Event) -> Generation:
         import torch
 
-        sampling = wish.sampling
-        ids = torch.tensor([prompt_ids(self._tokenizer, wish.messages)], device=self._model.device)
+        sampling = request.sampling
+        ids = torch.tensor([prompt_ids(self._tokenizer, request.messages)], device=self._model.device)
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_tokens}
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -287,7 +287,7 @@ class TransformersGeneration:
         return tuple(rows)
 
     def close_sync(self) -> None:
-        """Frees the model."""
+        """Free the model."""
         self._thread.stop()
         self._model = None
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rmsearch.engines.dispatch import Limits
-from rmsearch.engines.generation import Generation, Wish, prompt_ids
+from rmsearch.engines.generation import ChatRequest, Generation, prompt_ids
 from rmsearch.engines.threads import LoopThread
 from rmsearch.engines.vllm_start import prepare, spawning
 from rmsearch.errors import ConfigError, ModelError, RetryableError
@@ -92,7 +92,7 @@ class VLLMEngine:
         return error
 
     def close_sync(self) -> None:
-        """Ends the engine's processes."""
+        """End the engine's processes."""
         llm, self.llm = self.llm, None
         if llm is None:
             return
@@ -145,7 +145,7 @@ class VLLMPooling:
         return PoolingParams(task=self._task, use_activation=False, extra_kwargs=extra)
 
     def close_sync(self) -> None:
-        """Ends the engine."""
+        """End the engine."""
         self._engine.close_sync()
 
 
@@ -157,16 +157,16 @@ class VLLMGeneration:
     def __init__(self, engine: Any, tokenizer: Any) -> None:
         self._engine, self._tokenizer = engine, tokenizer
 
-    async def generate(self, wish: Wish) -> Generation:
-        """The answer to one wish."""
-        return (await self._engine.gather([self._one(wish)]))[0]
+    async def generate(self, request: ChatRequest) -> Generation:
+        """Answer one request."""
+        return (await self._engine.gather([self._one(request)]))[0]
 
-    async def _one(self, wish: Wish) -> Generation:
+    async def _one(self, request: ChatRequest) -> Generation:
         from vllm import TokensPrompt
 
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids(self._tokenizer, wish.messages))
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids(self._tokenizer, request.messages))
         final = None
-        async for output in self._engine.llm.generate(prompt, _sampling_params(wish), self._engine.request_id()):
+        async for output in self._engine.llm.generate(prompt, _sampling_params(request), self._engine.request_id()):
             final = output
         if final is None or not final.outputs:
             raise ModelError("vLLM ended a request without an answer", remedy="Start again")
@@ -182,20 +182,20 @@ class VLLMGeneration:
         return Generation(best.text, len(best.token_ids), best.finish_reason or "stop", logprobs, read)
 
     def close_sync(self) -> None:
-        """Ends the engine."""
+        """End the engine."""
         self._engine.close_sync()
 
 
-def _sampling_params(wish: Wish) -> Any:
+def _sampling_params(request: ChatRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     form = None
-    if wish.schema is not None:
-        form = StructuredOutputsParams(json=wish.schema)
-    elif wish.choices is not None:
-        form = StructuredOutputsParams(choice=list(wish.choices))
-    sampling = wish.sampling
+    if request.schema is not None:
+        form = StructuredOutputsParams(json=request.schema)
+    elif request.choices is not None:
+        form = StructuredOutputsParams(choice=list(request.choices))
+    sampling = request.sampling
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def hide_broken_packages() -> None:
-    """Makes packages that are installed but fail to load look absent, which transformers and vLLM can do without.
+    """Make packages that are installed but fail to load look absent, which transformers and vLLM can do without.
 
     CUDA builds of torchvision and its like, beside a CPU build of torch, raise RuntimeError or OSError on import.
     """
@@ -41,7 +41,7 @@ def hide_broken_packages() -> None:
 
 
 def prepare() -> bool:
-    """Readies this process for vLLM; returns whether vLLM runs on the CPU. MissingExtraError without vLLM."""
+    """Ready this process for vLLM and return whether vLLM runs on the CPU. MissingExtraError without vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm")
     spare_cores()
@@ -55,15 +55,15 @@ def prepare() -> bool:
 
 @contextlib.contextmanager
 def spawning(on_cpu: bool) -> Iterator[None]:
-    """While it lasts, spawned processes import this module as their main one, and get all cores of a CPU.
+    """Have spawned processes import this module as their main one, and use the free cores of a CPU, while it lasts.
 
     A spawned process imports its parent's main script, so a script without a main guard would start itself over and
     over; and optional packages must be hidden there before anything else is imported.
     """
     main = sys.modules["__main__"]
     before = main.__spec__
-    wanted = {} if not on_cpu else CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(free_cores().number)}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    settings = {} if not on_cpu else CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(free_cores().number)}
+    added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     main.__spec__ = importlib.machinery.ModuleSpec("rmsearch.engines.vllm_start", None)
     try:
@@ -75,7 +75,7 @@ def spawning(on_cpu: bool) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Asks Linux to end this process when the one that started it is gone, even by SIGKILL.
+    """Ask Linux to end this process when the one that started it is gone, even by SIGKILL.
 
     vLLM's processes would live on otherwise, and hold their memory and their GPUs.
     """

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from rmsearch.engines import Generator, load_generator
 from rmsearch.engines.generation import Generation, Sampling
 from rmsearch.errors import AnswerError
 from rmsearch.flags import EngineFlags
 from rmsearch.stage import Run, ignored, option, tuning
-
-if TYPE_CHECKING:
-    from rmsearch.engines import Generator
-    from rmsearch.storage.journal import Journal
+from rmsearch.storage import uri
+from rmsearch.storage.journal import Journal, journal_key
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -31,7 +31,7 @@ FORECAST_SECONDS = 30.0
 
 
 class GeneratorFlags(EngineFlags):
-    """Which language model, how it samples, where its answers are kept."""
+    """Flags of a language model: which one, how it samples, where its answers are kept."""
 
     tokenizer_name: str | None = ignored(None, "a model's own tokenizer is used.")
     trust_remote_code: bool = ignored(False, "code from model folders is not run.")
@@ -40,7 +40,7 @@ class GeneratorFlags(EngineFlags):
     temperature: float = option(0.0, "Sampling temperature; 0 takes the likeliest token.", ge=0)
     top_p: float = option(0.95, "Nucleus sampling.", gt=0, le=1)
     max_tokens: int = option(3000, "Tokens of an answer at most.", ge=1)
-    seed: int = option(42, "Of sampling and of all choices.", ge=0)
+    seed: int = option(42, "Seed of the sampling and of all random draws.", ge=0)
     max_attempts: int = option(3, "Times to ask for an answer of the right form, each with another seed.", ge=1)
     timeout_s: float = tuning(600.0, "Seconds that a server may take for one answer.", gt=0)
     price_per_million_tokens: float | None = tuning(
@@ -51,7 +51,7 @@ class GeneratorFlags(EngineFlags):
 
     def generator_arguments(self) -> dict[str, Any]:
         """Arguments for load_generator. As for scoring, but an installed vLLM is taken without a GPU, too: it alone
-        holds answers to a form here."""
+        makes answers follow a form here."""
         if self.engine == "auto" and self.base_url is None and importlib.util.find_spec("vllm"):
             return self.model_copy(update={"engine": "vllm"}).generator_arguments()
         arguments = self.engine_arguments()
@@ -67,7 +67,7 @@ class GeneratorFlags(EngineFlags):
 
 @dataclass(frozen=True)
 class Question(Generic[T]):
-    """What to ask about ``item``: a chat, and the form of the answer (a JSON schema, or one of some choices)."""
+    """A chat about ``item``, and the form that its answer must have (a JSON schema, or one of some choices)."""
 
     item: T
     messages: list[dict[str, str]]
@@ -92,16 +92,13 @@ def ask(
     parse: Callable[[T, Generation], V],
     total: int | None = None,
 ) -> Iterator[Answer[T, V]]:
-    """Answers in the order of the questions, of which only a window is held at a time.
+    """Ask a model and yield its answers in the order of the questions, of which a window is in memory at a time.
 
     ``parse`` turns a generation into a value and raises ValueError (the reason, one line) for one of the wrong form;
     then the question is asked again with another seed, and after ``max_attempts`` it goes to ``run.reject`` with reason
     and text and is left out. Counts questions, tokens and rejects in ``run.counts``. The model is loaded when the first
     answer is not in the journal. Raises the engines' errors; RetryableError when another run has the journal open.
     """
-    from rmsearch.storage import uri
-    from rmsearch.storage.journal import Journal
-
     assert run.first_output is not None
     where = uri.join(flags.progress_dir, "answers.journal") if flags.progress_dir else f"{run.first_output}.answers"
     with Journal(where, JOURNAL) as journal, asyncio.Runner() as runner, run.progress(total, "questions") as bar:
@@ -132,8 +129,8 @@ class _Asking(Generic[T, V]):
         self._run, self._flags, self._parse, self._journal, self._total = run, flags, parse, journal, total
         self._model = _identity(flags.model_name)
         self._generator: Generator | None = None
-        self._held = True  # whether the engine holds answers to a schema or choices
-        self._asked: dict[str, asyncio.Task[Generation]] = {}
+        self._forms = True  # whether the engine makes answers follow a schema or choices
+        self._requests: dict[str, asyncio.Task[Generation]] = {}
         self._tally: Counter[str] = Counter()
         self._started = self._said = time.monotonic()
 
@@ -154,7 +151,7 @@ class _Asking(Generic[T, V]):
                 self._forecast()
                 yield answer
         finally:
-            tasks = [*waiting, *self._asked.values()]
+            tasks = [*waiting, *self._requests.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -177,8 +174,6 @@ class _Asking(Generic[T, V]):
         return None
 
     async def _generation(self, question: Question[T], attempt: int, slots: asyncio.Semaphore) -> Generation:
-        from rmsearch.storage.journal import journal_key
-
         sampling = self._flags.sampling(attempt, question.logprobs)
         parts = [question.messages, question.schema, question.choices, self._model, vars(sampling)]
         key = journal_key("answer", *parts)
@@ -186,17 +181,17 @@ class _Asking(Generic[T, V]):
         if kept is not None:
             self._tally["from_journal"] += 1
             return Generation(**kept | {"logprobs": None if kept["logprobs"] is None else tuple(kept["logprobs"])})
-        if key not in self._asked:  # the same question twice at a time is asked once
+        if key not in self._requests:  # the same question twice at a time is asked once
             task = asyncio.create_task(self._paid(key, question, sampling, slots))
-            task.add_done_callback(lambda _: self._asked.pop(key, None))
-            self._asked[key] = task
-        return await asyncio.shield(self._asked[key])
+            task.add_done_callback(lambda _: self._requests.pop(key, None))
+            self._requests[key] = task
+        return await asyncio.shield(self._requests[key])
 
     async def _paid(self, key: str, question: Question[T], sampling: Sampling, slots: asyncio.Semaphore) -> Generation:
         async with slots:
             if self._generator is None:
                 self._generator = self._load()
-            form = {"schema": question.schema, "choices": question.choices} if self._held else {}
+            form = {"schema": question.schema, "choices": question.choices} if self._forms else {}
             try:
                 answers = await self._generator.generate([question.messages], sampling=sampling, **form)  # type: ignore[arg-type]
             except AnswerError as error:  # none of the choices: for the parser to refuse
@@ -210,16 +205,14 @@ class _Asking(Generic[T, V]):
         return generation
 
     def _load(self) -> Generator:
-        from rmsearch.engines import load_generator
-
         arguments = self._flags.generator_arguments()
-        self._held = arguments["engine"] != "transformers"
-        if not self._held:
+        self._forms = arguments["engine"] != "transformers"
+        if not self._forms:
             self._run.say("warning", problem="the transformers engine holds answers to no form: more may be rejected")
         return load_generator(self._flags.model_name, **arguments)
 
     def _forecast(self) -> None:
-        """Says the rate, the time left and the cost every half minute."""
+        """Say the rate, the time left and the cost every half minute."""
         now = time.monotonic()
         if now - self._said < FORECAST_SECONDS or not self._tally["asked"]:
             return
@@ -238,7 +231,7 @@ class _Asking(Generic[T, V]):
         return None if price is None else tokens * price / 1e6
 
     def count(self) -> None:
-        """Puts the counts into the run."""
+        """Put the counts into the run."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         for name in ("questions", "from_journal", "asked", "malformed", "prompt_tokens", "tokens"):
             self._run.counts[name] = self._run.counts.get(name, 0) + self._tally[name]  # type: ignore[operator]
@@ -248,16 +241,12 @@ class _Asking(Generic[T, V]):
 
 
 def _identity(name: str) -> str:
-    """What tells the model from another: its content where it lies in reach, else its name."""
-    from rmsearch.storage import uri
-
+    """The digest of a model's content where that is in reach, else its name."""
     return uri.digest(name) if uri.exists(name) else name
 
 
 def json_value(generation: Generation) -> Any:
     """The JSON of an answer, also from within a code fence or prose around it. ValueError says why there is none."""
-    import json
-
     text = generation.text.strip()
     if "</think>" in text:
         text = text.rpartition("</think>")[2].strip()
