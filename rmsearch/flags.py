@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rmsearch.datasets.beir import MISSING_SHARE, Beir, load_beir
 from rmsearch.datasets.download import ensure_downloaded
+from rmsearch.engines.options import pick_engine
 from rmsearch.stage import Run, StageConfig, added, model, option, source, tuning
 from rmsearch.storage import uri as storage
 
@@ -83,8 +84,6 @@ class EngineFlags(StageConfig):
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments for load_scorer and load_embedder; options of vLLM only when vLLM runs the model."""
-        from rmsearch.engines.options import pick_engine
-
         engine = pick_engine(self.engine, self.base_url)
         arguments: dict[str, Any] = {
             "engine": engine,

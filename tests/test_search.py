@@ -442,12 +442,14 @@ async def test_very_long_text_is_cut_counted_and_said_once(encoder: str, caplog:
         assert sum("max_length" in record.message for record in caplog.records) == 1
 
 
-async def test_a_reward_that_is_not_finite_is_an_error() -> None:
+async def test_a_reward_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     async with Search(scorer=TableScorer(lambda query, key: float("nan"))) as search:
         with pytest.raises(ModelError, match="not finite"):
             await search(QUERIES, KEYS)
         with pytest.raises(ModelError, match="not finite"):
             await search.get_relevance(QUERIES, KEYS)
+        with pytest.raises(ModelError, match="not finite"):
+            await search(QUERIES, KEYS, checkpoint=str(tmp_path / "scores"))
 
 
 async def test_a_template_other_than_trained_with(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rmsearch.datasets.download import ensure_downloaded
-from rmsearch.datasets.sources import Files, Row, ZipFiles, folder_files, lines, one_file, rows
+from rmsearch.datasets.sources import Files, SourceRow, ZipFiles, folder_files, lines, one_file, rows
 from rmsearch.errors import ConfigError, InputMissingError, RecordError
 from rmsearch.progress import say
 from rmsearch.storage import uri as storage
@@ -179,7 +179,7 @@ def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files
         return [one_file(given)]
     assert files is not None
     pattern = re.compile(rf"{kind}{_SUFFIXES}|{kind}/[^/]+{_SUFFIXES}")
-    if not (found := [name for name in files.names if pattern.fullmatch(name)]):
+    if not (matching := [name for name in files.names if pattern.fullmatch(name)]):
         parts = sorted({n.rpartition("/")[0] for n in files.names if n.endswith("/corpus.jsonl")})
         remedy = (
             f"Name one of its parts: {', '.join(parts)}"
@@ -187,17 +187,17 @@ def _pick(files: Files | None, given: str | None, kind: str) -> list[tuple[Files
             else f"A data set has {kind}.jsonl or {kind}/*.parquet"
         )
         raise InputMissingError(f"has no {kind}.jsonl", where=files.place, remedy=remedy)
-    flat = [name for name in found if "/" not in name]
-    return [(files, name) for name in (flat[:1] or found)]
+    flat = [name for name in matching if "/" not in name]
+    return [(files, name) for name in (flat[:1] or matching)]
 
 
 def _split_places(files: Files | None, split: str) -> list[tuple[Files, str]]:
     """The files that hold the qrels of a split."""
     assert files is not None
     of_a_split = re.compile(rf"(qrels|default|data)/(?P<split>[^/]+?)(-\d+-of-\d+)?({_SUFFIXES}|\.tsv(\.gz)?)")
-    found = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
-    if not (names := [name for its, name in found if its == split]):
-        splits = ", ".join(sorted({its for its, _ in found})) or "none"
+    candidates = [(m["split"], name) for name in files.names if (m := of_a_split.fullmatch(name))]
+    if not (names := [name for of_file, name in candidates if of_file == split]):
+        splits = ", ".join(sorted({of_file for of_file, _ in candidates})) or "none"
         raise InputMissingError(
             f"has no qrels for the split {split!r}", where=files.place, remedy=f"Splits there: {splits}"
         )
@@ -215,7 +215,7 @@ def _corpus(places: list[tuple[Files, str]]) -> Iterator[tuple[str, Document]]:
         yield identity, Document(row.text("title", default=""), row.text("text"))
 
 
-def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[Row, str]]:
+def _identified(places: list[tuple[Files, str]]) -> Iterator[tuple[SourceRow, str]]:
     """Rows with their ids; an id that is empty or comes twice is an error, and so is a file without rows."""
     seen: set[str] = set()
     for files, name in places:
@@ -257,7 +257,7 @@ def _qrels(
     return judged
 
 
-def _qrel_rows(files: Files, name: str) -> Iterator[Row]:
+def _qrel_rows(files: Files, name: str) -> Iterator[SourceRow]:
     """Rows with the fields of `QRELS_HEADER`; tsv and text files may lack the header or have TREC's four columns."""
     if not re.search(r"\.(tsv|txt|qrels|trec|qrel)(\.gz)?$", name):
         yield from rows(files, name)
@@ -273,10 +273,10 @@ def _qrel_rows(files: Files, name: str) -> Iterator[Row]:
             if len(fields) != 3:
                 problem = f"has {len(fields)} columns, not 3 (query-id, corpus-id, score) or 4 (TREC)"
                 raise RecordError(problem, where=where, remedy="Separate the columns by tabs")
-            yield Row(where, dict(zip(QRELS_HEADER, fields, strict=True)))
+            yield SourceRow(where, dict(zip(QRELS_HEADER, fields, strict=True)))
 
 
-def _grade(row: Row) -> int:
+def _grade(row: SourceRow) -> int:
     value = row.values.get("score")
     try:
         grade = float(value)  # type: ignore[arg-type]

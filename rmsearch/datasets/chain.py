@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import AliasChoices, ConfigDict, Field, model_serializer, model_validator
 
-from rmsearch.datasets.records import Finite, Id, Message, Record
+from rmsearch.datasets.records import ChatMessage, Finite, Id, Record
 
 QUERY_TYPES: tuple[str, ...] = ("titles", "keywords", "questions", "irr_questions")
 IRRELEVANT = "irr_questions"  # asked about a row that does not answer them
@@ -144,7 +144,7 @@ class Candidate(ChainRecord):
 
     query: str | None = None
     key: str | None = None
-    msg: list[Message] | None = None
+    msg: list[ChatMessage] | None = None
     query_id: Id | None = None
     key_id: Id | None = None
     query_type: str | None = Field(None, validation_alias=TYPE_NAMES)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from rmsearch.errors import AccessError, ConfigError, InputMissingError, RetryableError
 from rmsearch.progress import progress, say
+from rmsearch.storage.folders import cache_folder
 
 BASE_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 BASE_URL_VARIABLE = "RMSEARCH_BEIR_URL"
@@ -38,8 +39,8 @@ MD5 = {
 }
 
 
-class _Again(Exception):
-    """A failure that another try may mend."""
+class _TransientFailure(Exception):
+    """What another try may mend: network faults, 429, 5xx, a short body, a wrong checksum."""
 
 
 def ensure_downloaded(dataset: str) -> Path:
@@ -48,8 +49,6 @@ def ensure_downloaded(dataset: str) -> Path:
     A path (``/data/scifact``) is filled at that path; a bare name goes to the cache and is downloaded once. The set is
     the one named by the last part. Raises InputMissingError (no set of that name), RetryableError (host unreachable).
     """
-    from rmsearch.storage.folders import cache_folder
-
     is_path = "/" in dataset
     name = PurePosixPath(dataset).name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -60,59 +59,59 @@ def ensure_downloaded(dataset: str) -> Path:
     return target
 
 
-def _download(name: str, target: Path, asked: str) -> None:
+def _download(name: str, target: Path, given: str) -> None:
     """Fetch, verify and unpack beside the target, then rename: the target is whole or not there."""
     url = f"{os.environ.get(BASE_URL_VARIABLE, BASE_URL).rstrip('/')}/{name}.zip"
     say("download", dataset=name, url=url, to=target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.download-", dir=target.parent))
+        temp = Path(tempfile.mkdtemp(prefix=f".{name}.download-", dir=target.parent))
     except OSError as error:
         raise AccessError(f"cannot make the folder: {error.strerror}", where=str(target.parent)) from None
     try:
-        archive = work / f"{name}.zip"
-        _fetch(url, archive, MD5.get(name), asked)
-        folder = _unpack(archive, work / "unpacked", name, url)
+        archive = temp / f"{name}.zip"
+        _fetch(url, archive, MD5.get(name), given)
+        folder = _unpack(archive, temp / "unpacked", name, url)
         try:
             folder.rename(target)
         except OSError:
             if not target.exists():  # else another process was faster, and its copy is verified too
                 raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
-def _fetch(url: str, archive: Path, md5: str | None, asked: str) -> None:
+def _fetch(url: str, archive: Path, md5: str | None, given: str) -> None:
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
     wait = wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=8, jitter=FIRST_WAIT_SECONDS)
     try:
         for attempt in Retrying(
-            stop=stop_after_attempt(TRIES), wait=wait, retry=retry_if_exception_type(_Again), reraise=True
+            stop=stop_after_attempt(TRIES), wait=wait, retry=retry_if_exception_type(_TransientFailure), reraise=True
         ):
             with attempt:
-                _fetch_once(url, archive, md5, asked)
-    except _Again as error:
+                _fetch_once(url, archive, md5, given)
+    except _TransientFailure as error:
         remedy = (
             f"Try again later, set {BASE_URL_VARIABLE} to a mirror, or download it by hand and give the folder or .zip"
         )
         raise RetryableError(f"cannot download the data set ({error})", where=url, remedy=remedy) from None
 
 
-def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
-    """One try. Raises `_Again` for network faults, 429, 5xx, a short body or a wrong checksum."""
+def _fetch_once(url: str, archive: Path, md5: str | None, given: str) -> None:
+    """One try. Raises `_TransientFailure`."""
     import httpx
 
     state, received = hashlib.md5(usedforsecurity=False), 0
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=httpx.Timeout(30)) as response:
             if response.status_code in (429, *range(500, 600)):
-                raise _Again(f"HTTP {response.status_code}")
+                raise _TransientFailure(f"HTTP {response.status_code}")
             if response.status_code != 200:
                 problem = (
                     f"no such file or folder, and no BEIR set of that name (HTTP {response.status_code} from {url})"
                 )
-                raise InputMissingError(problem, where=asked, remedy=f"Sets known: {', '.join(sorted(MD5))}, demo")
+                raise InputMissingError(problem, where=given, remedy=f"Sets known: {', '.join(sorted(MD5))}, demo")
             length = response.headers.get("content-length")
             with archive.open("wb") as file, progress("download", int(length) if length else None, "bytes") as shown:
                 for block in response.iter_raw(1 << 20):
@@ -123,11 +122,11 @@ def _fetch_once(url: str, archive: Path, md5: str | None, asked: str) -> None:
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise ConfigError(f"is not a usable URL ({error})", where=url, remedy=f"Correct {BASE_URL_VARIABLE}") from None
     except httpx.HTTPError as error:
-        raise _Again(str(error) or type(error).__name__) from None
+        raise _TransientFailure(str(error) or type(error).__name__) from None
     if length is not None and received != int(length):
-        raise _Again(f"{received} of {length} bytes came")
+        raise _TransientFailure(f"{received} of {length} bytes came")
     if md5 is not None and state.hexdigest() != md5:
-        raise _Again(f"md5 {state.hexdigest()}, published {md5}")
+        raise _TransientFailure(f"md5 {state.hexdigest()}, published {md5}")
 
 
 def _unpack(archive: Path, folder: Path, name: str, url: str) -> Path:

@@ -5,12 +5,9 @@ Records carry raw text and the data's own ids (text; whole numbers in a file bec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
-
-from rmsearch.storage.records import read_models
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _id(value: Any) -> Any:
@@ -47,7 +44,7 @@ class PreferencePair(Record):
         return self
 
 
-class Message(Record):
+class ChatMessage(Record):
     """One chat message."""
 
     role: Literal["system", "user", "assistant"]
@@ -57,8 +54,8 @@ class Message(Record):
 class MessagePair(Record):
     """Upstream's form of a preference: two chats, each with query and key already in it."""
 
-    chosen_msg: list[Message] = Field(min_length=1)
-    rejected_msg: list[Message] = Field(min_length=1)
+    chosen_msg: list[ChatMessage] = Field(min_length=1)
+    rejected_msg: list[ChatMessage] = Field(min_length=1)
     query_id: Id | None = None
     chosen_sentence_id: Id | None = None
     rejected_sentence_id: Id | None = None
@@ -69,26 +66,6 @@ class MessagePair(Record):
         if self.chosen_msg == self.rejected_msg:
             raise ValueError("chosen_msg and rejected_msg are the same")
         return self
-
-
-def _form(value: Any) -> str:
-    return "messages" if isinstance(value, dict) and "chosen_msg" in value else "raw"
-
-
-class PreferenceRecord(RootModel[Any]):
-    """Either form of a preference, told apart by the field ``chosen_msg``."""
-
-    root: Annotated[
-        Annotated[PreferencePair, Tag("raw")] | Annotated[MessagePair, Tag("messages")], Discriminator(_form)
-    ]
-
-
-def read_preferences(uri: str) -> Iterator[PreferencePair | MessagePair]:
-    """The preferences of a file in either form (dataset_list_train.json and the like).
-
-    Raises InputMissingError, ConfigError (suffix) and RecordError ``file:row: field: problem``.
-    """
-    return (record.root for record in read_models(uri, PreferenceRecord))
 
 
 class Candidates(Record):

@@ -6,7 +6,6 @@ Rows keep their place: ``row.where`` is ``file:row`` with the row as a person co
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -17,12 +16,13 @@ from typing import Any, BinaryIO
 
 from rmsearch.errors import InputMissingError, RecordError
 from rmsearch.storage import uri as storage
+from rmsearch.storage.formats import read_csv
 
 PARQUET_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One record of a file and its place."""
 
     where: str
@@ -101,9 +101,9 @@ def folder_files(place: str) -> Files:
     """The files of a local folder or an S3 prefix."""
     if storage.is_s3(place):
         root = place.rstrip("/")
-        return Files(root, [found.removeprefix(f"{root}/") for found in storage.list_files(root)])
+        return Files(root, [file.removeprefix(f"{root}/") for file in storage.list_files(root)])
     folder = Path(place).expanduser() if place.startswith("~/") else Path(place)
-    return Files(str(folder), [str(Path(found).relative_to(folder)) for found in storage.list_files(str(folder))])
+    return Files(str(folder), [str(Path(file).relative_to(folder)) for file in storage.list_files(str(folder))])
 
 
 def one_file(place: str) -> tuple[Files, str]:
@@ -113,7 +113,7 @@ def one_file(place: str) -> tuple[Files, str]:
     return Files(storage.parent(place), [storage.name(place)]), storage.name(place)
 
 
-def rows(files: Files, name: str) -> Iterator[Row]:
+def rows(files: Files, name: str) -> Iterator[SourceRow]:
     """The records of a file by its suffix: jsonl, json (one object a line or one array), parquet, tsv, csv; each also
     .gz. Raises RecordError at the row that does not parse."""
     plain = name.removesuffix(".gz")
@@ -139,7 +139,7 @@ def lines(stream: BinaryIO, shown: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _jsonl(stream: BinaryIO, shown: str) -> Iterator[Row]:
+def _jsonl(stream: BinaryIO, shown: str) -> Iterator[SourceRow]:
     for number, line in lines(stream, shown):
         where = f"{shown}:{number}"
         try:
@@ -148,12 +148,10 @@ def _jsonl(stream: BinaryIO, shown: str) -> Iterator[Row]:
             raise RecordError(f"is not JSON ({error.msg} at column {error.colno})", where=where) from None
         except RecursionError:
             raise RecordError("is JSON nested too deeply", where=where) from None
-        if not isinstance(value, dict):
-            raise RecordError(f"must be a JSON object, not {type(value).__name__}", where=where)
-        yield Row(where, value)
+        yield _object(value, where)
 
 
-def _json(stream: BinaryIO, shown: str) -> Iterator[Row]:
+def _json(stream: BinaryIO, shown: str) -> Iterator[SourceRow]:
     head = stream.read(64).lstrip()
     stream.seek(0)
     if not head.startswith(b"["):
@@ -164,12 +162,16 @@ def _json(stream: BinaryIO, shown: str) -> Iterator[Row]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"is not JSON ({error})", where=shown) from None
     for number, value in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise RecordError(f"must be a JSON object, not {type(value).__name__}", where=f"{shown}:{number}")
-        yield Row(f"{shown}:{number}", value)
+        yield _object(value, f"{shown}:{number}")
 
 
-def _parquet(stream: BinaryIO, shown: str) -> Iterator[Row]:
+def _object(value: Any, where: str) -> SourceRow:
+    if not isinstance(value, dict):
+        raise RecordError(f"must be a JSON object, not {type(value).__name__}", where=where)
+    return SourceRow(where, value)
+
+
+def _parquet(stream: BinaryIO, shown: str) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -178,36 +180,25 @@ def _parquet(stream: BinaryIO, shown: str) -> Iterator[Row]:
         for batch in pq.ParquetFile(stream).iter_batches(PARQUET_ROWS):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(f"{shown}:{number}", value)
+                yield SourceRow(f"{shown}:{number}", value)
     except pa.ArrowException as error:
         raise RecordError(f"is not a parquet file ({error})", where=shown) from None
 
 
-def _tsv(stream: BinaryIO, shown: str) -> Iterator[Row]:
+def _tsv(stream: BinaryIO, shown: str) -> Iterator[SourceRow]:
     """Rows under a header line, fields split at tabs; quotes mean nothing (BEIR's form)."""
     header: list[str] = []
     for number, line in lines(stream, shown):
-        fields = line.split("\t")
-        if header:
-            yield _named(f"{shown}:{number}", header, fields)
+        where, fields = f"{shown}:{number}", line.split("\t")
+        if not header:
+            header = [name.strip() for name in fields]
+        elif len(fields) != len(header):
+            problem = f"has {len(fields)} fields, the header has {len(header)}: {', '.join(header)}"
+            raise RecordError(problem, where=where)
         else:
-            header = [f.strip() for f in fields]
+            yield SourceRow(where, dict(zip(header, fields, strict=True)))
 
 
-def _csv(stream: BinaryIO, shown: str) -> Iterator[Row]:
-    import csv
-
-    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        for fields in reader:
-            if fields:
-                yield _named(f"{shown}:{reader.line_num}", header, fields)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise RecordError(f"is not CSV ({error})", where=f"{shown}:{reader.line_num}") from None
-
-
-def _named(where: str, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        raise RecordError(f"has {len(fields)} fields, the header has {len(header)}: {', '.join(header)}", where=where)
-    return Row(where, dict(zip(header, fields, strict=True)))
+def _csv(stream: BinaryIO, shown: str) -> Iterator[SourceRow]:
+    for number, values in read_csv(stream, shown):
+        yield SourceRow(f"{shown}:{number}", values)

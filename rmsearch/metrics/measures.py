@@ -50,11 +50,11 @@ def evaluate(qrels: Qrels, run: Ranking, measures: Sequence[str] = MEASURES) -> 
     # trec_eval's code crashes at grades below -1
     judged = {query: {key: max(grade, 0) for key, grade in qrels[query].items()} for query in ranked}
     names = {name if name == "recip_rank" else f"{name}.{k}" for name, k in parsed.values()}
-    found = pytrec_eval.RelevanceEvaluator(judged, names).evaluate(ranked)
+    of_queries = pytrec_eval.RelevanceEvaluator(judged, names).evaluate(ranked)
     values = {}
     for measure, (name, k) in parsed.items():
         column = name if name == "recip_rank" else f"{name}_{k}"
-        of_query = np.array([found[query][column] if query in found else 0.0 for query in query_ids])
+        of_query = np.array([of_queries[query][column] if query in of_queries else 0.0 for query in query_ids])
         # trec_eval knows the reciprocal rank without a cut-off only: ranks past k give 0
         values[measure] = np.where(of_query > 1 / (k + 0.5), of_query, 0.0) if name == "recip_rank" else of_query
     return Scores(query_ids, values, [query for query in query_ids if query not in ranked])

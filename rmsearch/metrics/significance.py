@@ -20,7 +20,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedTest:
     """A run against a baseline on one measure. Wins, ties and losses count queries; p-values are two-sided."""
 
     difference: float
@@ -31,19 +31,19 @@ class Comparison:
     losses: int
 
 
-def compare(run: np.ndarray, baseline: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> Comparison:
+def compare(run: np.ndarray, baseline: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> PairedTest:
     """Compare per-query values (float64[n] each, the same queries in the same order)."""
     return compare_all(np.asarray(run, float)[None], np.asarray(baseline, float)[None], permutations, seed)[0]
 
 
-def compare_all(runs: np.ndarray, baselines: np.ndarray, permutations: int, seed: int) -> list[Comparison]:
+def compare_all(runs: np.ndarray, baselines: np.ndarray, permutations: int, seed: int) -> list[PairedTest]:
     """Compare each row of ``runs`` (float64[m, n]) with the same row of ``baselines``: `compare` for many pairs."""
     differences = runs - baselines
     p_values = randomisation(differences, permutations, seed)
     return [_comparison(*each) for each in zip(runs, baselines, differences, p_values.tolist(), strict=True)]
 
 
-def _comparison(run: np.ndarray, baseline: np.ndarray, difference: np.ndarray, p_random: float) -> Comparison:
+def _comparison(run: np.ndarray, baseline: np.ndarray, difference: np.ndarray, p_random: float) -> PairedTest:
     try:
         from scipy import stats
     except ImportError:
@@ -54,7 +54,7 @@ def _comparison(run: np.ndarray, baseline: np.ndarray, difference: np.ndarray, p
         p_t = float(stats.ttest_rel(run, baseline).pvalue)
     elif wins or losses:  # every query changes by the same amount: no variance, so t is infinite
         p_t = 0.0 if len(difference) > 1 else 1.0
-    return Comparison(float(difference.mean()), p_random, p_t, wins, len(difference) - wins - losses, losses)
+    return PairedTest(float(difference.mean()), p_random, p_t, wins, len(difference) - wins - losses, losses)
 
 
 def randomisation(differences: np.ndarray, permutations: int, seed: int) -> np.ndarray:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
 from rmsearch.metrics.measures import PRIMARY
 from rmsearch.progress import say
 
@@ -18,10 +22,6 @@ def p_text(p: float) -> str:
 
 def show_table(result: dict[str, Any]) -> None:
     """Print the means with their intervals, and each run against the baseline."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     runs, baseline = result["runs"], result["baseline"]
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, highlight=False)
     title = f"{result['dataset']}, split {result['split']}, {result['queries']} queries"
@@ -41,10 +41,7 @@ def show_table(result: dict[str, Any]) -> None:
             say("warning", run=name, missing=f"{run['missing_queries']} of {result['queries']} queries, counted as 0")
 
 
-def _comparisons(runs: dict[str, Any], baseline: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+def _comparisons(runs: dict[str, Any], baseline: str) -> Table:
     table = Table(title=f"{PRIMARY} against {baseline}", box=SIMPLE_HEAD, title_justify="left")
     table.add_column("run", overflow="fold")
     several = len(runs) > 2

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rmsearch.datasets.beir import in_corpus, read_qrels
-from rmsearch.datasets.chain import RetrievedKey
+from rmsearch.datasets.chain import ChainRecord, RetrievedKey
 from rmsearch.datasets.corpus import CorpusIndex, Row, indexed, nonempty, read_corpus
 from rmsearch.errors import ConfigError
 from rmsearch.flags import count_missing_keys
 from rmsearch.preferences.negatives import TRIES, Negatives, score_limit
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags, labelled_queries
 from rmsearch.stage import Run
+from rmsearch.storage.records import write_records
 
-T = TypeVar("T")
 
-
-@contextmanager
-def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[LabelledQuery]]]:
-    """A sampler over the corpus, which lies in a temporary file meanwhile, and the queries to sample for."""
+def write_samples(
+    config: SampleFlags,
+    run: Run,
+    output: str,
+    sets_of: Callable[[Sampler, Iterable[LabelledQuery]], Iterable[ChainRecord]],
+) -> None:
+    """Write what ``sets_of(sampler, queries)`` gives; the corpus lies in a temporary file meanwhile. Raises ConfigError
+    when there is no set."""
     whole = config.dataset_path or (config.queries and config.corpus)
     beir = config.load() if whole else None
     if beir:
         count_missing_keys(run, beir)
     grades = beir.reachable if beir else read_qrels(config.qrels) if config.qrels else None
+    where = config.source_csv or config.dataset_path
     if config.source_csv:
         rows: Iterable[Row] = read_corpus(config.source_csv, config.source_column, config.id_column)
     else:
@@ -36,8 +39,8 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[L
     counts: Counter[str] = Counter()
     with indexed(rows) as corpus, run.progress(None, "queries") as bar:
         if grades is not None:
-            known, where = lambda key: corpus.position(key) is not None, config.qrels or config.dataset_path
-            grades = in_corpus(grades, known, config.max_missing_share, where)
+            known, judged = lambda key: corpus.position(key) is not None, config.qrels or config.dataset_path
+            grades = in_corpus(grades, known, config.max_missing_share, judged)
 
         def queries() -> Iterator[LabelledQuery]:
             for each in labelled_queries(config, beir, grades, counts):
@@ -45,15 +48,11 @@ def sampled(config: SampleFlags, run: Run) -> Iterator[tuple[Sampler, Iterator[L
                 counts["queries"] += 1
                 yield each
 
-        yield Sampler(config, corpus, counts), queries()
+        problem = "no query has another key to sample beside its own"
+        none = ConfigError(problem, where=where, remedy="Use a larger corpus")
+        sets = nonempty(sets_of(Sampler(config, corpus, counts), queries()), none)
+        run.counts["sets"] = write_records(output, sets)
     run.counts |= {"corpus": len(corpus), **dict(sorted(counts.items()))}
-
-
-def or_refuse(config: SampleFlags, sets: Iterator[T]) -> Iterator[T]:
-    """The sets; ConfigError when there is none."""
-    problem = "no query has another key to sample beside its own"
-    where = config.source_csv or config.dataset_path
-    return nonempty(sets, ConfigError(problem, where=where, remedy="Use a larger corpus"))
 
 
 class Sampler:

@@ -172,41 +172,37 @@ class Renderer:
         return Rendered([each for i, each in enumerate(ids) if i not in dropped], None, True)
 
 
+@dataclass(frozen=True)
 class Prepared:
     """A set of queries and keys with their tokens; renders any pairs of them."""
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        queries: Sequence[str],
-        keys: Sequence[str],
-        query_ids: Sequence[Sequence[int]],
-        key_ids: Sequence[Sequence[int]],
-    ) -> None:
-        self._renderer, self._queries, self._keys = renderer, queries, keys
-        self._query_ids, self._key_ids = query_ids, key_ids
+    renderer: Renderer
+    queries: Sequence[str]
+    keys: Sequence[str]
+    query_ids: Sequence[Sequence[int]]
+    key_ids: Sequence[Sequence[int]]
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
         """Tokens of each pair (int64[n]) for pairs int[n, 2]; exact when split, within a few tokens when joint."""
-        room = self._renderer.room
-        query = np.fromiter(map(len, self._query_ids), np.int64, len(self._query_ids))[pairs[:, 0]]
-        key = np.fromiter(map(len, self._key_ids), np.int64, len(self._key_ids))[pairs[:, 1]]
+        room = self.renderer.room
+        query = np.fromiter(map(len, self.query_ids), np.int64, len(self.query_ids))[pairs[:, 0]]
+        key = np.fromiter(map(len, self.key_ids), np.int64, len(self.key_ids))[pairs[:, 1]]
         query = np.minimum(query, room // 2)
-        return self._renderer.max_length - room + query + np.minimum(key, room - query)
+        return self.renderer.max_length - room + query + np.minimum(key, room - query)
 
     def render(self, pairs: Sequence[tuple[int, int]]) -> list[Rendered]:
         """Model inputs of ``pairs``, each (position in queries, position in keys)."""
-        if self._renderer.template.tokenization == "joint":
-            return self._renderer.render_joint([(self._queries[q], self._keys[k]) for q, k in pairs])
-        return [self._renderer.join(self._query_ids[q], self._key_ids[k]) for q, k in pairs]
+        if self.renderer.template.tokenization == "joint":
+            return self.renderer.render_joint([(self.queries[q], self.keys[k]) for q, k in pairs])
+        return [self.renderer.join(self.query_ids[q], self.key_ids[k]) for q, k in pairs]
 
     def cut(self, query: int, key: int) -> tuple[str, str, bool]:
         """The texts of a pair as far as their tokens fit, and whether that is less than all of them."""
-        sizes = len(self._query_ids[query]), len(self._key_ids[key])
-        kept = self._renderer.shares(*sizes)
-        texts = self._queries[query], self._keys[key]
+        sizes = len(self.query_ids[query]), len(self.key_ids[key])
+        kept = self.renderer.shares(*sizes)
+        texts = self.queries[query], self.keys[key]
         shown = [
-            text if room == size else self._renderer.texts.cut(text, room)
+            text if room == size else self.renderer.texts.cut(text, room)
             for text, size, room in zip(texts, sizes, kept, strict=True)
         ]
         return shown[0], shown[1], kept != sizes

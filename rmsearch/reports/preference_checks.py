@@ -13,7 +13,7 @@ Facts = Mapping[str, Any]
 
 
 class CheckFlags(StageConfig):
-    """From where on a finding fails a set."""
+    """Limits from which a finding fails a set."""
 
     max_length_bias: float = option(
         0.7, "Fail when guessing by length is right in this share of the pairs, or with this AUC.", gt=0.5, le=1

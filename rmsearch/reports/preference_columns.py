@@ -7,13 +7,12 @@ from collections import Counter
 from functools import lru_cache
 from hashlib import blake2b
 from math import nan
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from rmsearch.datasets.duplicates import Sketches, words
-from rmsearch.reports.preference_entries import Entry
-
-if TYPE_CHECKING:
-    import numpy as np
+from rmsearch.datasets.preferences import Preference
 
 DIGESTS = ("query", "query_id", "opening", "chosen", "rejected")
 LENGTHS = ("query_words", "chosen_characters", "rejected_characters", "chosen_words", "rejected_words")
@@ -22,7 +21,7 @@ _BATCH = 1024
 
 
 class Place(NamedTuple):
-    """Where a text stands: a field of the entry at a position, or its first words only."""
+    """Where a text stands: a field of the preference at a position, or its first words only."""
 
     position: int
     field: str
@@ -80,30 +79,28 @@ class Columns:
     def __len__(self) -> int:
         return len(self._columns["query"])
 
-    def add(self, entry: Entry) -> None:
+    def add(self, preference: Preference) -> None:
         """Take one pair."""
         position = len(self)
-        query, opening, query_words = _query(entry.query, self.opening_words)
-        chosen, chosen_characters, chosen_words = _key(entry.chosen)
-        rejected, rejected_characters, rejected_words = _key(entry.rejected)
-        query_id = digest(entry.query_id) if entry.query_id is not None else 0
+        query, opening, query_words = _query(preference.query, self.opening_words)
+        chosen, chosen_characters, chosen_words = _key(preference.chosen)
+        rejected, rejected_characters, rejected_words = _key(preference.rejected)
+        query_id = digest(preference.query_id) if preference.query_id is not None else 0
         digests = (query, query_id, opening, chosen, rejected)
         lengths = (query_words, chosen_characters, rejected_characters, chosen_words, rejected_words)
-        scores = (_known(entry.margin), _known(entry.confidence))
+        scores = (_known(preference.margin), _known(preference.confidence))
         for column, value in zip(self._columns.values(), (*digests, *lengths, *scores), strict=True):
             column.append(value)
-        self.origins[entry.query_type or "", entry.source or ""] += 1
-        self.compares[entry.compares] += 1
-        if entry.prompt:
-            self.prompts[entry.prompt] += 1
-        self.queries.add(query, entry.query, position, "query")
-        self.keys.add(chosen, entry.chosen, position, "chosen")
-        self.keys.add(rejected, entry.rejected, position, "rejected")
+        self.origins[preference.query_type or "", preference.source or ""] += 1
+        self.compares[preference.compares] += 1
+        if preference.prompt:
+            self.prompts[preference.prompt] += 1
+        self.queries.add(query, preference.query, position, "query")
+        self.keys.add(chosen, preference.chosen, position, "chosen")
+        self.keys.add(rejected, preference.rejected, position, "rejected")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A column: uint64, uint32 or float32 (NaN where unknown) per pair."""
-        import numpy as np
-
         column = self._columns[name]
         return np.frombuffer(column, dtype={"Q": np.uint64, "I": np.uint32, "f": np.float32}[column.typecode])
 

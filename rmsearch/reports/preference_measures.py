@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from rmsearch.datasets.duplicates import words
+from rmsearch.datasets.preferences import Preference
 from rmsearch.reports.preference_columns import Columns, Distinct, Place
-from rmsearch.reports.preference_entries import Entry
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Facts = dict[str, Any]
 SHOWN = 10  # keys, openings, types of each sort
@@ -25,8 +24,6 @@ QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 def measure(columns: Columns, near: float) -> Facts:
     """The facts of one set. ``near``: similarity from which two texts are near-duplicates."""
-    import numpy as np
-
     known = {name: columns[name][~np.isnan(columns[name])] for name in ("margin", "confidence")}
     return {
         "counts": _counts(columns),
@@ -55,8 +52,6 @@ def measure(columns: Columns, near: float) -> Facts:
 
 
 def _counts(columns: Columns) -> Facts:
-    import numpy as np
-
     of_query = np.unique(columns["query"], return_counts=True)[1]
     return {
         "pairs": len(columns),
@@ -72,8 +67,6 @@ def _counts(columns: Columns) -> Facts:
 
 def spread(values: np.ndarray) -> Facts:
     """Mean and quantiles of numbers; nothing of none."""
-    import numpy as np
-
     if not len(values):
         return {}
     quantiles = np.quantile(values, list(QUANTILES.values()))
@@ -85,8 +78,6 @@ def histogram(series: Mapping[str, np.ndarray]) -> Facts:
 
     Bins of whole numbers are whole numbers wide.
     """
-    import numpy as np
-
     values = np.concatenate(list(series.values()))
     low, high = float(values.min()), float(np.quantile(values, 0.99))
     width = max(high - low, 0.0) / BINS
@@ -123,23 +114,17 @@ def compared(chosen: np.ndarray, rejected: np.ndarray) -> Facts:
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive's value is above a negative's, ties counting half
     (Mann-Whitney's U over the number of pairs)."""
-    import numpy as np
-
     ordered = np.sort(negative)
     below, upto = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
     return float((below.sum() + upto.sum()) / 2 / (len(positive) * len(negative)))
 
 
 def _keys_of(columns: Columns) -> np.ndarray:
-    import numpy as np
-
     return np.concatenate([columns["chosen"], columns["rejected"]])
 
 
 def _mixed(columns: Columns, *names: str) -> np.ndarray:
     """One digest of several columns' digests."""
-    import numpy as np
-
     mixed = np.zeros(len(columns), np.uint64)
     for name in names:
         mixed = (mixed ^ columns[name]) * np.uint64(0x9E3779B97F4A7C15)
@@ -149,8 +134,6 @@ def _mixed(columns: Columns, *names: str) -> np.ndarray:
 
 def _keys(columns: Columns) -> Facts:
     """The keys that are chosen, and that are rejected, in most pairs."""
-    import numpy as np
-
     pairs = len(columns)
     _, first, number = np.unique(_keys_of(columns), return_index=True, return_inverse=True)
     counts = {
@@ -173,8 +156,6 @@ def _keys(columns: Columns) -> Facts:
 
 def _openings(columns: Columns) -> list[Facts]:
     """The commonest first words, by distinct queries."""
-    import numpy as np
-
     _, first = np.unique(columns["query"], return_index=True)
     openings, place, count = np.unique(columns["opening"][first], return_index=True, return_counts=True)
     order = [i for i in np.argsort(-count, kind="stable").tolist() if openings[i] and count[i] > 1]
@@ -191,8 +172,6 @@ def _openings(columns: Columns) -> list[Facts]:
 
 def contradictions(query: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Facts:
     """Pairs a > b whose reverse b > a is there for the same query, counted on both sides. Digests, one per pair."""
-    import numpy as np
-
     low, high, upward = np.minimum(chosen, rejected), np.maximum(chosen, rejected), chosen < rejected
     order = np.lexsort((upward, high, low, query))
     query, low, high, upward = (each[order] for each in (query, low, high, upward))
@@ -234,8 +213,6 @@ def overlap(train: Columns, test: Columns, near: float) -> Facts:
     nearly: test queries that only nearly repeat a training query; other_text: ids that both sets have, but with
     different queries.
     """
-    import numpy as np
-
     queries, keys = np.unique(test["query"]), np.unique(_keys_of(test))
     same = np.isin(queries, train["query"])
     sketches = train.queries.sketches.followed_by(test.queries.sketches)
@@ -274,22 +251,20 @@ def places_in(facts: Any) -> Iterable[Place]:
             yield from places_in(value)
 
 
-def filled(facts: Any, entries: Mapping[int, Entry]) -> Any:
+def filled(facts: Any, preferences: Mapping[int, Preference]) -> Any:
     """The facts with texts in place of the places."""
     if isinstance(facts, Place):
-        text = getattr(entries[facts.position], facts.field)
+        text = getattr(preferences[facts.position], facts.field)
         return " ".join(words(text)[: facts.first_words]) if facts.first_words else text
     if isinstance(facts, dict):
-        return {name: filled(value, entries) for name, value in facts.items()}
-    return [filled(value, entries) for value in facts] if isinstance(facts, list) else facts
+        return {name: filled(value, preferences) for name, value in facts.items()}
+    return [filled(value, preferences) for value in facts] if isinstance(facts, list) else facts
 
 
 def sample(columns: Columns, size: int, seed: int) -> list[Facts]:
     """Random pairs to read, in the order of the file."""
-    import numpy as np
-
     chosen = np.random.default_rng(seed).choice(len(columns), min(size, len(columns)), replace=False)
-    shown = Entry._fields
+    shown = Preference._fields
     return [{name: Place(position, name) for name in shown} for position in np.sort(chosen).tolist()]
 
 

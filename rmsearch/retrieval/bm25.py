@@ -23,21 +23,21 @@ def rank_bm25(
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     query_ids, key_ids = list(beir.queries), sorted(beir.corpus)
     words = splitter(stemmer, stopwords)
-    found: dict[str, dict[str, float]] = {query: {} for query in query_ids}
+    ranking: dict[str, dict[str, float]] = {query: {} for query in query_ids}
     corpus = words(beir.key_text(key) for key in key_ids)
     if not any(corpus):
-        return found
+        return ranking
     index = bm25s.BM25(method="lucene", k1=k1, b=b)
     index.index(corpus, show_progress=False)
     own = self_positions(query_ids, key_ids)
-    for row, (query, asked) in enumerate(zip(query_ids, words(beir.queries.values()), strict=True)):
-        if known := [word for word in asked if word in index.vocab_dict]:
+    for row, (query, query_words) in enumerate(zip(query_ids, words(beir.queries.values()), strict=True)):
+        if known := [word for word in query_words if word in index.vocab_dict]:
             scores = np.asarray(index.get_scores(known), dtype=np.float32)
             if own[row] >= 0:
                 scores[own[row]] = 0.0
             scores[scores <= 0] = -np.inf  # no word in common: not retrieved
-            found[query] = {key_ids[at]: float(scores[at]) for at in best_positions(scores, top_k)}
-    return found
+            ranking[query] = {key_ids[at]: float(scores[at]) for at in best_positions(scores, top_k)}
+    return ranking
 
 
 def splitter(stemmer: str, stopwords: str) -> Callable[[Iterable[str]], list[list[str]]]:

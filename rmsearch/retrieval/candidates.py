@@ -17,7 +17,7 @@ from rmsearch.datasets.corpus import CorpusIndex, Row, indexed
 from rmsearch.datasets.records import Candidates
 from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.errors import ConfigError, RecordError, RMSearchError
-from rmsearch.retrieval.corpus_search import KeyTexts, Question
+from rmsearch.retrieval.corpus_search import KeyTexts, RetrievalQuery
 from rmsearch.retrieval.runs import read_candidates
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import read_json, read_models
@@ -137,7 +137,7 @@ def _files_in(folder: str) -> list[str]:
 class KeyChoices:
     """Queries and the keys that are scored for them: those of ``chosen`` (int[n, 2]: query, key), else all."""
 
-    questions: Sequence[Question]
+    questions: Sequence[RetrievalQuery]
     keys: CorpusIndex
     chosen: np.ndarray | None = None
 
@@ -152,14 +152,14 @@ class KeyChoices:
 
 @contextmanager
 def recorded_candidates(
-    uri: str, keys: CorpusIndex | None, questions: Sequence[Question] | None
+    uri: str, keys: CorpusIndex | None, questions: Sequence[RetrievalQuery] | None
 ) -> Iterator[KeyChoices]:
     """The candidates in a file of relevance records, whose own texts are used when no keys are given.
 
     Raises RecordError ``file:row`` for candidates of other keys or queries than those given, a key that comes twice,
     a query without candidates.
     """
-    asked: list[Question] = []
+    asked: list[RetrievalQuery] = []
     counts: list[int] = []
     chosen: list[np.ndarray] = []
     known = None if questions is None else {question.query_id: question for question in questions}
@@ -189,8 +189,8 @@ def recorded_candidates(
         yield KeyChoices(asked, own if keys is None else keys, pairs)
 
 
-def _question(record: RelevanceRecord, known: dict[str, Question] | None, where: str) -> Question:
-    question = Question(record.query, record.query_id, record.df_id, record.query_type, record.correct_id)
+def _question(record: RelevanceRecord, known: dict[str, RetrievalQuery] | None, where: str) -> RetrievalQuery:
+    question = RetrievalQuery(record.query, record.query_id, record.df_id, record.query_type, record.correct_id)
     if known is not None:
         if record.query_id not in known:
             raise RecordError(f"the query id {record.query_id!r} is not among the queries", where=where, remedy=_AGAIN)

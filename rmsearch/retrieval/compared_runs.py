@@ -42,8 +42,8 @@ class RunFlags(QrelsFlags):
     def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         runs = values.get("run") or [run for run in RUNS if storage.exists(name_and_path(run)[1])]
         known = any(values.get(name) for name in ("dataset_path", "qrels"))
-        found = {} if known or not isinstance(runs, list) else _dataset_of(runs, set(cls.model_fields))
-        return {**found, **values, "run": runs}
+        of_record = {} if known or not isinstance(runs, list) else _dataset_of(runs, set(cls.model_fields))
+        return {**of_record, **values, "run": runs}
 
     def named(self) -> dict[str, str]:
         """Name -> path of the runs, the baseline first."""

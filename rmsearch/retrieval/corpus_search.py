@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import model_validator
 
 from rmsearch.datasets.corpus import CorpusIndex, indexed, numbered_records, read_corpus
@@ -13,9 +14,7 @@ from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import EngineFlags
 from rmsearch.retrieval.runs import short
 from rmsearch.stage import option, source
-
-if TYPE_CHECKING:
-    import numpy as np
+from rmsearch.storage.records import read_json
 
 QUERY_IDS = ("query_id", "query-id", "_id", "id")
 
@@ -53,7 +52,7 @@ class RetrievalFlags(EngineFlags):
         return self.keys_json or self.keys_csv
 
 
-class Question(NamedTuple):
+class RetrievalQuery(NamedTuple):
     """A query and what is known of it."""
 
     query: str
@@ -63,7 +62,7 @@ class Question(NamedTuple):
     correct_id: str | None = None
 
 
-def read_questions(config: RetrievalFlags) -> list[Question]:
+def read_questions(config: RetrievalFlags) -> list[RetrievalQuery]:
     """The queries in the file's order, each id once (a table may repeat a query with each of its keys).
 
     Raises ConfigError when none are named, RecordError ``file:row`` for a missing or empty query or an id that comes
@@ -72,26 +71,26 @@ def read_questions(config: RetrievalFlags) -> list[Question]:
     uri = config.queries
     if uri is None:
         raise ConfigError("no queries are given", remedy="Name a file with --queries-json or --queries-csv")
-    found: dict[str, Question] = {}
+    by_id: dict[str, RetrievalQuery] = {}
     for position, (row, values) in enumerate(numbered_records(uri)):
         question = _question(values, config.query_column, str(position), f"{uri}:{row}")
-        known = found.setdefault(question.query_id, question)
+        known = by_id.setdefault(question.query_id, question)
         if known.query != question.query:
             problem = f"the query id {question.query_id!r} comes twice, with different queries"
             raise RecordError(problem, where=f"{uri}:{row}", remedy="Make the ids unique")
-    if not found:
+    if not by_id:
         raise RecordError("holds no queries", where=uri)
-    questions = list(found.values())
+    questions = list(by_id.values())
     return with_correct_ids(questions, config.correct_ids_json) if config.correct_ids_json else questions
 
 
-def _question(values: dict[str, Any], column: str, position: str, where: str) -> Question:
+def _question(values: dict[str, Any], column: str, position: str, where: str) -> RetrievalQuery:
     query = values.get(column)
     if not isinstance(query, str) or not query.strip():
         problem = "is missing" if column not in values else "is empty" if not query else "must be text"
         raise RecordError(f"{column}: {problem}", where=where, remedy=f"Fields there: {', '.join(values) or 'none'}")
     identity = next((name for name in QUERY_IDS if values.get(name) not in (None, "")), None)
-    return Question(
+    return RetrievalQuery(
         query,
         position if identity is None else _id(values[identity], identity, where),
         _optional(values, ("df_id",), where),
@@ -111,10 +110,8 @@ def _id(value: Any, name: str, where: str) -> str:
     raise RecordError(f"{name}: must be text or a whole number, not {type(value).__name__}", where=where)
 
 
-def with_correct_ids(questions: list[Question], uri: str) -> list[Question]:
+def with_correct_ids(questions: list[RetrievalQuery], uri: str) -> list[RetrievalQuery]:
     """The queries with the keys that a file says serve them. Raises ConfigError when it does not fit the queries."""
-    from rmsearch.storage.records import read_json
-
     given = read_json(uri)
     if isinstance(given, list):
         if len(given) != len(questions):
@@ -144,7 +141,7 @@ def open_keys(config: RetrievalFlags) -> Iterator[CorpusIndex]:
         yield keys
 
 
-def check_correct_ids(questions: Sequence[Question], keys: CorpusIndex, uri: str | None) -> None:
+def check_correct_ids(questions: Sequence[RetrievalQuery], keys: CorpusIndex, uri: str | None) -> None:
     """ConfigError when a key that is known to serve a query is not among the keys."""
     for question in questions:
         if question.correct_id is not None and keys.position(question.correct_id) is None:
@@ -168,15 +165,15 @@ class KeyTexts(Sequence[str]):
 
 
 def relevance_records(
-    questions: Sequence[Question], keys: CorpusIndex, positions: np.ndarray, scores: np.ndarray, score: str
+    questions: Sequence[RetrievalQuery], keys: CorpusIndex, positions: np.ndarray, scores: np.ndarray, score: str
 ) -> Iterator[dict[str, Any]]:
     """Relevance records from positions int64[n, k] and scores float32[n, k], best first (-inf: an empty slot), under
     the name ``score``; the keys' texts are read as each record is made."""
     for row, question in enumerate(questions):
-        found = []
+        best = []
         for position, value in zip(positions[row].tolist(), scores[row].tolist(), strict=True):
             if value != float("-inf"):
                 key_id, key = keys[position]
-                found.append({"key_id": key_id, "key": key, score: short(value)})
+                best.append({"key_id": key_id, "key": key, score: short(value)})
         known = {name: value for name, value in question._asdict().items() if value is not None}
-        yield {**known, "keys": found}
+        yield {**known, "keys": best}

@@ -56,7 +56,7 @@ class RunRanker:
 def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranker]:
     """Run files over the data set. ConfigError when one holds other keys or none of the queries."""
     place = places(sorted(beir.corpus))
-    found: list[Ranker] = []
+    rankers: list[Ranker] = []
     for uri in uris:
         run = read_run(uri)
         known = {query: keys for query, keys in run.items() if query in beir.queries}
@@ -69,8 +69,8 @@ def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranker]:
             if strange := next((key for key in keys if key not in place), None):
                 problem = f"query {query!r} has the key id {strange!r}, which the corpus lacks"
                 raise ConfigError(problem, where=uri, remedy="Give the run of this data set")
-        found.append(RunRanker(uri, known, place))
-    return found
+        rankers.append(RunRanker(uri, known, place))
+    return rankers
 
 
 class Bm25Ranker:
@@ -82,8 +82,8 @@ class Bm25Ranker:
     def __init__(self, beir: Beir) -> None:
         self._split = splitter("english", "en")
         keys = self._split(beir.key_text(key) for key in sorted(beir.corpus))
-        asked = self._split(beir.queries.values())
-        self._asked = dict(zip(beir.queries, asked, strict=True))
+        query_words = self._split(beir.queries.values())
+        self._query_words = dict(zip(beir.queries, query_words, strict=True))
         self._mean = max(float(np.mean([len(words) for words in keys])), 1e-9)
         rows: dict[str, list[tuple[int, float]]] = {}
         for position, words in enumerate(keys):
@@ -103,7 +103,7 @@ class Bm25Ranker:
     def block(self, queries: Sequence[str]) -> np.ndarray:
         scores = np.zeros((len(queries), self._count), np.float32)
         for row, query in enumerate(queries):
-            for word in self._asked[query]:
+            for word in self._query_words[query]:
                 if word in self._postings:
                     at, weights = self._postings[word]
                     scores[row, at] += self._idf[word] * weights
@@ -113,10 +113,10 @@ class Bm25Ranker:
 
     def of_text(self, query: str, text: str) -> float | None:
         weights = self._saturated(self._split([text])[0])
-        return sum(self._idf.get(w, 0.0) * weights.get(w, 0.0) for w in self._asked[query]) / self._most(query)
+        return sum(self._idf.get(w, 0.0) * weights.get(w, 0.0) for w in self._query_words[query]) / self._most(query)
 
     def _most(self, query: str) -> float:
-        return max(sum(self._idf.get(word, 0.0) for word in self._asked[query]), 1e-9)
+        return max(sum(self._idf.get(word, 0.0) for word in self._query_words[query]), 1e-9)
 
 
 class VectorRanker:
@@ -169,14 +169,14 @@ class CentroidRanker:
 
 def similar_queries(names: Sequence[str], vectors: np.ndarray, count: int) -> dict[str, list[str]]:
     """For each query the ``count`` others most like it, best first. vectors: unit float32[len(names), d]."""
-    found = {}
+    similar = {}
     count = min(count, len(names) - 1)
     for start in range(0, len(names), BLOCK) if count > 0 else ():
         part = vectors[start : start + BLOCK] @ vectors.T
         part[np.arange(len(part)), np.arange(start, start + len(part))] = -np.inf
         for row, scores in enumerate(part):
-            found[names[start + row]] = [names[i] for i in best_positions(scores, count)]
-    return found
+            similar[names[start + row]] = [names[i] for i in best_positions(scores, count)]
+    return similar
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -205,5 +205,5 @@ def embed_all(beir: Beir, model: str, more_texts: list[str], run: Run, cache_dir
     keys = [beir.key_text(key) for key in sorted(beir.corpus)]
     queries = TextsToEmbed(list(beir.queries.values()), "query", QUERIES, cache_dir)
     parts = [queries, *(TextsToEmbed(texts, "key", KEYS, cache_dir) for texts in (keys, more_texts))]
-    asked, own, more = embed_texts(run, {"model_name": model}, parts)
-    return Vectors(asked, own, more, more_texts)
+    of_queries, of_keys, of_more = embed_texts(run, {"model_name": model}, parts)
+    return Vectors(of_queries, of_keys, of_more, more_texts)

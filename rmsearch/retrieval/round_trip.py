@@ -34,7 +34,7 @@ def by_records(uri: str, queries: Sequence[GeneratedQuery], rank: int) -> list[b
     RecordError for a malformed record and for two of one query.
     """
     places = {query.id: place for place, query in enumerate(queries)}
-    found: list[bool | None] = [None] * len(queries)
+    came_back: list[bool | None] = [None] * len(queries)
     remedy = "Give the relevance file that was made from these queries"
     for record in read_models(uri, RelevanceRecord):
         place = places.get(record.query_id)
@@ -43,17 +43,17 @@ def by_records(uri: str, queries: Sequence[GeneratedQuery], rank: int) -> list[b
         query = queries[place]
         if record.query != query.query:
             raise ConfigError(f"has another text for the query {query.id!r}", where=uri, remedy=remedy)
-        if found[place] is not None:
+        if came_back[place] is not None:
             raise RecordError(f"the query {query.id!r} comes twice", where=uri, remedy="Keep one record per query")
-        found[place] = query.row in [key.key_id for key in record.keys[:rank]]
-        if not found[place] and len(record.keys) < rank:
+        came_back[place] = query.row in [key.key_id for key in record.keys[:rank]]
+        if not came_back[place] and len(record.keys) < rank:
             problem = f"has {len(record.keys)} keys for the query {query.id!r}, too few to tell its row's rank"
             raise ConfigError(problem, where=uri, remedy="Lower --round-trip-rank, or retrieve more keys")
-    missing = [query.id for query, each in zip(queries, found, strict=True) if each is None]
+    missing = [query.id for query, each in zip(queries, came_back, strict=True) if each is None]
     if missing:
         problem = f"has no record of the query {missing[0]!r} ({len(missing)} of {len(queries)} are not there)"
         raise ConfigError(problem, where=uri, remedy=remedy)
-    return [bool(each) for each in found]
+    return [bool(each) for each in came_back]
 
 
 def by_embedding(

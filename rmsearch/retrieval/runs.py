@@ -110,8 +110,8 @@ def _record_scores(uri: str) -> Iterator[tuple[str, dict[str, float]]]:
         for reranked in read_models(uri, Reranked):
             yield reranked.query_id, dict(zip(reranked.key_ids, reranked.rerank_relevances, strict=True))
         return
-    for found in read_models(uri, Candidates):
-        yield found.query_id, dict(zip(found.key_ids, found.embed_relevances, strict=True))
+    for record in read_models(uri, Candidates):
+        yield record.query_id, dict(zip(record.key_ids, record.embed_relevances, strict=True))
 
 
 def _read_trec(uri: str) -> dict[str, dict[str, float]]:

@@ -57,15 +57,15 @@ def nearest(
     once, at least. Memory grows with the queries' vectors; the keys' pass in blocks. Folders of vectors stay.
     """
 
-    async def work() -> tuple[np.ndarray, np.ndarray]:
+    async def compare() -> tuple[np.ndarray, np.ndarray]:
         async with _embedding(run, model, [queries, keys], **vectors) as blocks:
-            found = await _joined(blocks(queries))
-            search = ExactSearch(found, min(k, len(keys.texts)), own or [-1] * len(found), device)
+            query_vectors = await _joined(blocks(queries))
+            search = ExactSearch(query_vectors, min(k, len(keys.texts)), own or [-1] * len(query_vectors), device)
             async for first, part in gathered(blocks(keys), compared):
                 await asyncio.to_thread(search.add, first, part)
         return search.result()
 
-    return asyncio.run(work())
+    return asyncio.run(compare())
 
 
 def embed_texts(run: Run, model: dict[str, Any], parts: Sequence[TextsToEmbed], **vectors: Any) -> list[np.ndarray]:
@@ -75,11 +75,11 @@ def embed_texts(run: Run, model: dict[str, Any], parts: Sequence[TextsToEmbed], 
     kept vectors depend on beside their texts, by default `vector_identity`.
     """
 
-    async def work() -> list[np.ndarray]:
+    async def embed_parts() -> list[np.ndarray]:
         async with _embedding(run, model, parts, **vectors) as blocks:
             return [await _joined(blocks(part)) for part in parts]
 
-    return asyncio.run(work())
+    return asyncio.run(embed_parts())
 
 
 @asynccontextmanager

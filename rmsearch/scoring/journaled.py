@@ -24,11 +24,10 @@ SLAB = 1 << 20  # pairs whose state is in memory at a time
 
 
 class Entries(Protocol):
-    """The form in which a journal holds rewards."""
+    """The form in which a journal holds rewards. ``slab``: pairs that are read and scored before the next ones are
+    read; None: all."""
 
-    @property
-    def slab(self) -> int | None:
-        """Pairs that are read and scored before the next ones are read; None: all."""
+    slab: int | None
 
     def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Those of the positions (one slab's, ascending) whose rewards are there, and these: int64[n], float32[n]."""
@@ -47,11 +46,8 @@ class PairEntries:
     """
 
     def __init__(self, journal: Journal, names: Callable[[np.ndarray], list[str]]) -> None:
+        self.slab: int | None = SLAB
         self._journal, self._names = journal, names
-
-    @property
-    def slab(self) -> int | None:
-        return SLAB
 
     def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rewards = [self._journal.get(name) for name in self._names(positions)]
@@ -90,26 +86,23 @@ class BlockEntries:
     """
 
     def __init__(self, journal: Journal, size: int, *, sliced: bool = False) -> None:
-        self._journal, self._size, self._sliced = journal, size, sliced
+        self.slab = SLAB if sliced else None
+        self._journal, self._size = journal, size
         self._first = self._number = 0
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
-    def slab(self) -> int | None:
-        return SLAB if self._sliced else None
-
-    @property
     def _name(self) -> str:
-        return f"{self._first}:{self._number}" if self._sliced else str(self._number)
+        return f"{self._first}:{self._number}" if self.slab else str(self._number)
 
     def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._first, self._number = int(positions[0]), 0
-        blocks: list[tuple[list[int], list[float]]] = []
+        known, rewards = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         while (entry := self._journal.get(self._name)) is not None:
-            blocks.append(entry)
+            known.append(np.asarray(entry[0], np.int64))
+            rewards.append(np.asarray(entry[1], np.float32))
             self._number += 1
-        known, rewards = ([value for block in blocks for value in block[part]] for part in (0, 1))
-        return np.array(known, np.int64), np.array(rewards, np.float32)
+        return np.concatenate(known), np.concatenate(rewards)
 
     def keep(self, positions: np.ndarray, rewards: np.ndarray) -> None:
         self._waiting.append((positions, rewards))
@@ -162,8 +155,8 @@ async def score_journaled(
         try:
             async with aclosing(in_time(scorer.stream(pairs.at(left)), timeout, where)) as results:
                 async for at, rewards in results:
-                    entries.keep(left[at], rewards)
                     arrived(left[at], rewards)
+                    entries.keep(left[at], rewards)
         finally:
             entries.flush()
     return from_journal

@@ -60,18 +60,18 @@ def fetch_folder(uri: str, keep: Callable[[str], bool] = lambda relative: True) 
     """
     if not uri.startswith("s3://"):
         return _local_folder(uri)
-    found = {item.relative: item for item in s3.list_objects(uri)}
+    listed = {item.relative: item for item in s3.list_objects(uri)}
     remedy = "Correct the URI, or run the stage that writes it."
-    if not found:
+    if not listed:
         raise InputMissingError("no such object or folder", where=uri, remedy=remedy)
-    if MANIFEST in found:
-        _check_manifest(uri, found)
-    wanted = [item for name, item in sorted(found.items()) if keep(name) and name != MANIFEST]
-    for item in wanted:
+    if MANIFEST in listed:
+        _check_manifest(uri, listed)
+    chosen = [item for name, item in sorted(listed.items()) if keep(name) and name != MANIFEST]
+    for item in chosen:
         if item.relative.startswith("/") or ".." in PurePosixPath(item.relative).parts:
             problem = f"the key {item.key!r} would be a file outside of the folder"
             raise ConfigError(problem, where=uri, remedy="Rename that object.")
-    state = hashlib.sha256("\n".join(f"{item.relative} {item.digest}" for item in wanted).encode()).hexdigest()
+    state = hashlib.sha256("\n".join(f"{item.relative} {item.digest}" for item in chosen).encode()).hexdigest()
     bucket, key = s3.split(uri, key_needed=False)
     base = cache_folder() / state[:32]
     folder = base / (PurePosixPath(key).name or bucket)
@@ -84,7 +84,7 @@ def fetch_folder(uri: str, keep: Callable[[str], bool] = lambda relative: True) 
             _download(bucket, item.key, target)
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for _ in pool.map(get, wanted):
+        for _ in pool.map(get, chosen):
             pass
     with local.local_errors(str(base)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,13 +143,13 @@ def _download(bucket: str, key: str, target: Path) -> None:
         temp.replace(target)
 
 
-def _check_manifest(uri: str, found: Mapping[str, s3.Object]) -> None:
+def _check_manifest(uri: str, listed: Mapping[str, s3.Object]) -> None:
     manifest = _read_manifest(uri)
     remedy = "Run the stage that writes it again."
     if not manifest["complete"]:
         raise InputMissingError("its upload is not finished or was broken off", where=uri, remedy=remedy)
     for name, facts in manifest["files"].items():
-        if name not in found or found[name].size != facts["size"]:
+        if name not in listed or listed[name].size != facts["size"]:
             raise InputMissingError(f"lacks {name!r} as it was uploaded", where=uri, remedy=remedy)
 
 

@@ -45,11 +45,12 @@ def plain(value: Any) -> Any:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=plain).encode
 
 
-def _not_json(constant: str) -> NoReturn:
+def not_json(constant: str) -> NoReturn:
+    """Refuse NaN and infinities, which Python's decoder would take."""
     raise ValueError(f"{constant} is not a JSON value; write null")
 
 
-_decode = json.JSONDecoder(parse_constant=_not_json).decode
+_decode = json.JSONDecoder(parse_constant=not_json).decode
 
 
 def _encoded(record: Any, uri: str, row: int) -> bytes:

@@ -240,17 +240,17 @@ def _create(path: Path, data: bytes) -> bool:
 
 def walk(folder: Path) -> list[str]:
     """Relative names of all files below ``folder``, sorted; our own temp files are left out."""
-    found = []
+    files = []
 
     def fail(error: OSError) -> None:
         raise local_error(error, str(folder))
 
     for base, _, names in os.walk(folder, onerror=fail):
         below = Path(base).relative_to(folder)
-        found += [
+        files += [
             str(below / name) for name in names if TEMP_SUFFIX not in str(below) and not name.endswith(TEMP_SUFFIX)
         ]
-    return sorted(found)
+    return sorted(files)
 
 
 def as_path(uri: str) -> Path:

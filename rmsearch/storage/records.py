@@ -10,22 +10,20 @@ lines from 1 (jsonl, csv) or positions from 0 (json, parquet).
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
 
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.storage import uri as uris
-from rmsearch.storage.formats import NUMBERED_READERS, WRITERS, malformed, plain
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from rmsearch.storage.formats import NUMBERED_READERS, WRITERS, malformed, not_json, plain
 
 SUFFIXES = ("json", "jsonl", "csv", "parquet")
-M = TypeVar("M", bound="BaseModel")
+M = TypeVar("M", bound=BaseModel)
 
 
 def suffix_of(uri: str) -> str:
@@ -55,26 +53,24 @@ def numbered_records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from read(stream, uri)
 
 
-def read_batches(uri: str, size: int) -> Iterator[list[dict[str, Any]]]:
-    """The records in lists of ``size`` (the last may be shorter). Raises as `read_records`."""
-    records = read_records(uri)
-    while batch := list(itertools.islice(records, size)):
-        yield batch
-
-
 def read_models(uri: str, model: type[M]) -> Iterator[M]:
     """The records as instances of a pydantic model. Raises as `read_records`, and RecordError
     ``file:row: field: problem`` for a record that does not fit."""
-    from pydantic import ValidationError
+    return (each for _, each in numbered_models(uri, lambda _: model))
+
+
+def numbered_models(uri: str, form: Callable[[dict[str, Any]], type[M]]) -> Iterator[tuple[int, M]]:
+    """(number, record) as `read_models`, where ``form`` says which model a record is of."""
 
     from_csv = suffix_of(uri).startswith("csv")
     for row, record in numbered_records(uri):
+        model = form(record)
         try:
-            yield model.model_validate(record)
+            yield row, model.model_validate(record)
         except ValidationError as error:
             if from_csv:
                 try:
-                    yield model.model_validate(_csv_values(record, error))
+                    yield row, model.model_validate(_csv_values(record, error))
                     continue
                 except ValidationError as second:
                     error = second
@@ -123,7 +119,7 @@ def read_json(uri: str) -> Any:
     with _input(uri) as stream, _broken_gzip(uri):
         data = stream.read()
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_not_json)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=not_json)
     except json.JSONDecodeError as error:
         remedy = "Correct the file, or name it .jsonl if it holds one object per line."
         raise RecordError(f"not JSON: {error.msg}", where=f"{uri}:{error.lineno}", remedy=remedy) from error
@@ -148,10 +144,6 @@ def write_json(uri: str, value: Any, *, indent: int | None = None) -> None:
 def _json_only(uri: str) -> None:
     if not suffix_of(uri).startswith("json") or suffix_of(uri).startswith("jsonl"):
         raise ConfigError("a JSON document is needed here", where=uri, remedy="Name a .json or .json.gz file.")
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON value; write null")
 
 
 def _dicts(uri: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:

@@ -99,8 +99,8 @@ def list_objects(uri: str, page: int = 1000) -> Iterator[Object]:
     prefix = f"{key}/" if key else ""
     with s3_errors(uri):
         pages = client().get_paginator("list_objects_v2")
-        for found in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": page}):
-            for item in found.get("Contents", ()):
+        for listing in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": page}):
+            for item in listing.get("Contents", ()):
                 if not item["Key"].endswith("/"):
                     yield Object(item["Key"][len(prefix) :], item["Key"], item["Size"], item["ETag"])
 

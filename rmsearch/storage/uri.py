@@ -98,8 +98,8 @@ def is_folder(uri: str) -> bool:
 def size(uri: str) -> int:
     """Bytes of a file, or of all files in a folder. Raises InputMissingError."""
     if is_s3(uri):
-        found = s3.head(uri)
-        return found.size if found else sum(item.size for item in _objects(uri))
+        single = s3.head(uri)
+        return single.size if single else sum(item.size for item in _objects(uri))
     path = local.as_path(uri)
     with local.local_errors(uri):
         return sum((path / file).stat().st_size for file in local.walk(path)) if path.is_dir() else path.stat().st_size
@@ -112,8 +112,8 @@ def digest(uri: str) -> str:
     downloaded. Folders: of their files' names and digests. A local copy and its S3 original have different digests.
     """
     if is_s3(uri):
-        found = s3.head(uri)
-        return found.digest if found else _combined((item.relative, item.digest) for item in _objects(uri))
+        single = s3.head(uri)
+        return single.digest if single else _combined((item.relative, item.digest) for item in _objects(uri))
     path = local.as_path(uri)
     if is_folder(uri):
         return _combined((file, _file_digest(str(path / file))) for file in local.walk(path))
@@ -178,11 +178,11 @@ def fetch(uri: str) -> Path:
 
 
 def _objects(uri: str) -> list[s3.Object]:
-    found = sorted(s3.list_objects(uri), key=lambda item: item.relative)
-    if not found:
+    objects = sorted(s3.list_objects(uri), key=lambda item: item.relative)
+    if not objects:
         remedy = "Correct the URI, or run the stage that writes it."
         raise InputMissingError("no such object or folder", where=uri, remedy=remedy)
-    return found
+    return objects
 
 
 def _file_digest(path: str) -> str:

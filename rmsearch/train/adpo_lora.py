@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from rmsearch.cli import main
+from rmsearch.datasets.preferences import common_template
 from rmsearch.stage import Run, ignored, option, source, stage, tuning
 from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.export import export
 from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import OrderLoss
 from rmsearch.trainer.model import prepare_base
-from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
+from rmsearch.trainer.ordered_rows import encode_rows, read_trainable_rows
 
 
 class AdpoConfig(TrainingConfig):
@@ -47,8 +48,8 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     pairs it is in, and rows may be of unequal size. Six candidates in a total order state 15 pairs at the cost of six
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
-    base = prepare_base(config, peek_row_template(config.dataset_list_train))
-    train, test = encode_files(config, run, base, read_rows, encode_rows)
+    base = prepare_base(config, common_template(config.dataset_list_train, read_trainable_rows))
+    train, test = encode_files(config, run, base, read_trainable_rows, encode_rows)
     run.counts["rows"] = train.counts["rows"]
     training = prepare_training(config, run, base, train, test)
     trainer = fit(training)

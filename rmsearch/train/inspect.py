@@ -12,18 +12,19 @@ if __name__ == "inspect":  # a file of this folder is run by its path, and the s
     __import__(__name__)  # Python takes what now stands in sys.modules
 else:
     from collections.abc import Mapping, Sequence
+    from itertools import chain
     from pathlib import Path
     from typing import Any
 
     from pydantic import field_validator
 
     from rmsearch.cli import main
+    from rmsearch.datasets.preferences import described_at, read_described
     from rmsearch.errors import RejectedError
     from rmsearch.progress import say
     from rmsearch.reports.page import counted, render
     from rmsearch.reports.preference_checks import Check, CheckFlags, check_judges, check_overlap, check_set
     from rmsearch.reports.preference_columns import Columns
-    from rmsearch.reports.preference_entries import entries_at, read_entries
     from rmsearch.reports.preference_measures import filled, measure, overlap, places_in, reports, sample
     from rmsearch.retrieval.candidates import records_of
     from rmsearch.stage import Run, option, source, stage, target
@@ -107,15 +108,15 @@ else:
         columns = {of: Columns(config.opening_words, config.compared_texts) for of in config.sets}
         with run.progress(unit="pairs") as bar:
             for of, uris in config.sets.items():
-                for entry in (entry for uri in uris for entry in read_entries(uri)):
-                    columns[of].add(entry)
+                for preference in chain.from_iterable(map(read_described, uris)):
+                    columns[of].add(preference)
                     bar.advance()
         sets = {}
         for of, uris in config.sets.items():
             facts = measure(columns[of], config.near_duplicate)
             size = config.examples if of == "train" else 0
             shown = {"facts": facts, "sample": sample(columns[of], size, config.seed)}
-            texts = entries_at(uris, {place.position for place in places_in(shown)})
+            texts = described_at(uris, {place.position for place in places_in(shown)})
             sets[of] = filled(shown, texts)
             sets[of]["facts"]["files"] = uris
         both = overlap(columns["train"], columns["test"], config.near_duplicate) if "test" in columns else None

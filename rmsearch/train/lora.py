@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from rmsearch.cli import main
+from rmsearch.datasets.preferences import common_template, read_pairs
 from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
-from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
+from rmsearch.trainer.data import encode_pairs
 from rmsearch.trainer.export import export
 from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import PairLoss
@@ -28,7 +29,7 @@ def lora(config: LoraConfig, run: Run) -> None:
     on from its newest complete checkpoint when the same command is given again. Several GPUs:
     accelerate launch -m rmsearch.train.lora …
     """
-    base = prepare_base(config, peek_template(config.dataset_list_train))
+    base = prepare_base(config, common_template(config.dataset_list_train, read_pairs))
     train, test = encode_files(config, run, base, read_pairs, encode_pairs)
     training = prepare_training(config, run, base, train, test)
     trainer = fit(training)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import AdvancedSet
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags
-from rmsearch.preferences.sampling import Sampler, or_refuse, sampled
+from rmsearch.preferences.sampling import Sampler, write_samples
 from rmsearch.stage import Run, option, stage, target
-from rmsearch.storage.records import write_records
 
 
 class SampleAdvancedConfig(SampleFlags):
@@ -30,33 +29,32 @@ def sample_advanced_dpo_batch(config: SampleAdvancedConfig, run: Run) -> None:
     labelled to serve it, best first. Sampled keys are drawn as in sample_dpo_batch. Irrelevant questions correspond to
     no key; they, and queries with too few other keys, are left out and counted.
     """
-    with sampled(config, run) as (sampler, queries):
-        run.counts["sets"] = write_records(config.output, or_refuse(config, _sets(config, sampler, queries)))
 
+    def sets(sampler: Sampler, queries: Iterable[LabelledQuery]) -> Iterator[AdvancedSet]:
+        for each in queries:
+            corresponding: dict[str, str] = {}
+            for key in each.own_keys:
+                if key in each.positives.keys:
+                    corresponding.setdefault(sampler.text(key), key)
+            if not corresponding:
+                sampler.counts["queries_without_correspond_key"] += 1
+                continue
+            ids = list(corresponding.values())
+            drawn = sampler.negatives(each, ids, config.n_sampled_keys)
+            if len(drawn) < config.n_sampled_keys:
+                sampler.counts["queries_without_negatives"] += 1
+                continue
+            yield AdvancedSet(
+                query=each.query,
+                query_id=each.query_id,
+                correspond_keys=list(corresponding),
+                correspond_key_ids=ids,
+                sampled_keys=[text for _, text in drawn],
+                sampled_key_ids=[key for key, _ in drawn],
+                query_type=each.query_type,
+            )
 
-def _sets(config: SampleAdvancedConfig, sampler: Sampler, queries: Iterator[LabelledQuery]) -> Iterator[AdvancedSet]:
-    for each in queries:
-        corresponding: dict[str, str] = {}
-        for key in each.own_keys:
-            if key in each.positives.keys:
-                corresponding.setdefault(sampler.text(key), key)
-        if not corresponding:
-            sampler.counts["queries_without_correspond_key"] += 1
-            continue
-        ids = list(corresponding.values())
-        drawn = sampler.negatives(each, ids, config.n_sampled_keys)
-        if len(drawn) < config.n_sampled_keys:
-            sampler.counts["queries_without_negatives"] += 1
-            continue
-        yield AdvancedSet(
-            query=each.query,
-            query_id=each.query_id,
-            correspond_keys=list(corresponding),
-            correspond_key_ids=ids,
-            sampled_keys=[text for _, text in drawn],
-            sampled_key_ids=[key for key, _ in drawn],
-            query_type=each.query_type,
-        )
+    write_samples(config, run, config.output, sets)
 
 
 if __name__ == "__main__":

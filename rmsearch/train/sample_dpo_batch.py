@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rmsearch.cli import main
 from rmsearch.datasets.chain import SampledSet
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags
-from rmsearch.preferences.sampling import Sampler, or_refuse, sampled
+from rmsearch.preferences.sampling import Sampler, write_samples
 from rmsearch.stage import Run, option, stage, target
-from rmsearch.storage.records import write_records
 
 
 class SampleConfig(SampleFlags):
@@ -32,26 +31,25 @@ def sample_dpo_batch(config: SampleConfig, run: Run) -> None:
     on request, keys that retrieval scores close to it, as likely positives that nobody labelled. The same seed gives
     the same file.
     """
-    with sampled(config, run) as (sampler, queries):
-        run.counts["sets"] = write_records(config.output, or_refuse(config, _sets(config, sampler, queries)))
 
+    def sets(sampler: Sampler, queries: Iterable[LabelledQuery]) -> Iterator[SampledSet]:
+        for each in queries:
+            for own in each.own_keys:
+                drawn = sampler.negatives(each, [own], config.negatives_per_query)
+                if not drawn:
+                    sampler.counts["sets_without_negatives"] += 1
+                    continue
+                ids, texts = zip(*drawn, strict=True)
+                yield SampledSet(
+                    query=each.query,
+                    query_id=each.query_id,
+                    keys=[*texts, sampler.text(own)],
+                    key_ids=[*ids, own],
+                    query_type=each.query_type,
+                    positive_ids=[own] if own in each.positives.keys else [],
+                )
 
-def _sets(config: SampleConfig, sampler: Sampler, queries: Iterator[LabelledQuery]) -> Iterator[SampledSet]:
-    for each in queries:
-        for own in each.own_keys:
-            drawn = sampler.negatives(each, [own], config.negatives_per_query)
-            if not drawn:
-                sampler.counts["sets_without_negatives"] += 1
-                continue
-            ids, texts = zip(*drawn, strict=True)
-            yield SampledSet(
-                query=each.query,
-                query_id=each.query_id,
-                keys=[*texts, sampler.text(own)],
-                key_ids=[*ids, own],
-                query_type=each.query_type,
-                positive_ids=[own] if own in each.positives.keys else [],
-            )
+    write_samples(config, run, config.output, sets)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids: read in either form, rendered once per distinct (query, key), kept compact.
+"""Preference pairs as token ids: rendered once per distinct (query, key), kept compact.
 
 A set of pairs is a table of distinct model inputs and, per pair, two positions in it; a batch then forwards each
 distinct input once however many pairs it is in (a positive with three negatives costs four rows, not six).
@@ -6,36 +6,20 @@ distinct input once however many pairs it is in (a positive with three negatives
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rmsearch.datasets.records import Message, MessagePair, read_preferences
-from rmsearch.errors import RecordError
-from rmsearch.prompts.templates import TEMPLATES
-
-if TYPE_CHECKING:
-    from rmsearch.prompts.renderer import Renderer
+from rmsearch.datasets.preferences import Pair
+from rmsearch.prompts.renderer import Renderer
 
 T = TypeVar("T")
 Reject = Callable[[Any, str], None]
 _BATCH = 2048
-
-
-class Pair(NamedTuple):
-    """One preference as texts. ``template`` names upstream's prompt when the file held rendered chats."""
-
-    query: str
-    chosen: str
-    rejected: str
-    margin: float | None = None
-    template: str | None = None
 
 
 @dataclass
@@ -110,7 +94,7 @@ class Table:
 
 
 def text_digest(query: str, key: str) -> bytes:
-    """What a (query, key) pair of texts is remembered by."""
+    """Digest by which a (query, key) pair of texts is known again."""
     state = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16)
     state.update(b"\0\xff\0" + key.encode("utf-8", "surrogatepass"))
     return state.digest()
@@ -123,77 +107,8 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def read_pairs(uri: str) -> Iterator[Pair]:
-    """The pairs of a file, raw (``query``, ``chosen_key``, ``rejected_key``) or upstream's ``chosen_msg`` form.
-
-    Upstream's rendered prompts are taken apart again into query and key, so that one template serves training and
-    search. Raises InputMissingError, ConfigError and RecordError ``file:row`` (malformed, chosen equal to rejected).
-    """
-    row = -1
-    for row, record in enumerate(read_preferences(uri)):
-        if isinstance(record, MessagePair):
-            yield _from_messages(record, f"{uri}:{row}")
-        else:
-            yield Pair(record.query, record.chosen_key, record.rejected_key, record.margin)
-    if row < 0:
-        raise RecordError("holds no pairs", where=uri, remedy="Make some with `rmsearch train mine`")
-
-
-def _from_messages(record: MessagePair, where: str) -> Pair:
-    chosen, rejected = take_apart(record.chosen_msg), take_apart(record.rejected_msg)
-    if chosen is None or rejected is None:
-        raise RecordError(
-            "the chat is in no known prompt, so query and key cannot be told apart",
-            where=where,
-            remedy="Give raw records: query, chosen_key, rejected_key",
-        )
-    if chosen[0] != rejected[0] or chosen[1] != rejected[1]:
-        raise RecordError("chosen_msg and rejected_msg do not share one query and one prompt", where=where)
-    return Pair(chosen[1], chosen[2], rejected[2], record.margin, chosen[0])
-
-
-def take_apart(messages: Sequence[Message]) -> tuple[str | None, str, str] | None:
-    """(upstream template's name, query, key) of a rendered chat; a last answer of another chat counts as the key."""
-    roles = tuple(each.role for each in messages)
-    for name, expected, patterns in _upstream_patterns():
-        if roles != expected:
-            continue
-        found: dict[str, str] = {}
-        matches = [pattern.fullmatch(message.content) for pattern, message in zip(patterns, messages, strict=True)]
-        if all(matches):
-            for match in matches:
-                found |= match.groupdict() if match else {}
-            return name, found["query"], found["key"]
-    if len(messages) > 1 and roles[-1] == "assistant":
-        *before, answer = messages
-        text = before[0].content if len(before) == 1 else "\n".join(f"{m.role}: {m.content}" for m in before)
-        return None, text, answer.content
-    return None
-
-
-@cache
-def _upstream_patterns() -> tuple[tuple[str, tuple[str, ...], tuple[re.Pattern[str], ...]], ...]:
-    found = []
-    for name, spec in TEMPLATES.items():
-        if name.startswith("upstream_"):
-            patterns = []
-            for message in spec.messages:
-                text = re.escape(message.content)
-                for field_name in ("query", "key"):
-                    text = text.replace(re.escape(f"{{{field_name}}}"), f"(?P<{field_name}>.*?)")
-                patterns.append(re.compile(text, re.DOTALL))
-            found.append((name, tuple(m.role for m in spec.messages), tuple(patterns)))
-    return tuple(found)
-
-
-def peek_template(uris: Sequence[str], rows: int = 100) -> str | None:
-    """The upstream prompt that the first ``rows`` records were rendered with; None for raw or mixed files."""
-    names = {pair.template for uri in uris for pair in islice(read_pairs(uri), rows)}
-    return names.pop() if len(names) == 1 else None
-
-
 def encode_pairs(pairs: Iterable[Pair], renderer: Renderer, reject: Reject | None = None) -> Encoded:
-    """Renders pairs. Pairs whose two inputs are the same tokens (the texts differ only past the cut) are given to
+    """Render pairs. Pairs whose two inputs are the same tokens (the texts differ only past the cut) are given to
     ``reject`` and left out: they teach nothing."""
     table, groups, queries = Table(renderer), dict[int, int](), set[bytes]()
     chosen, rejected, margins, group = [], [], [], []

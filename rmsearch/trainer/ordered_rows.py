@@ -1,111 +1,35 @@
-"""Rows of candidates with explicit preferences (upstream's ADPO records): read, checked, rendered."""
+"""Rows of candidates with explicit preferences (upstream's ADPO records) as token ids."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import model_validator
 
-from rmsearch.datasets.chain import AdvancedRow, Candidate
-from rmsearch.errors import RecordError
-from rmsearch.preferences.orders import Positions, levels
-from rmsearch.storage.records import read_models, read_records
-from rmsearch.trainer.data import Encoded, Reject, Table, batches, take_apart, text_digest
-
-if TYPE_CHECKING:
-    from rmsearch.prompts.renderer import Renderer
+from rmsearch.datasets.preferences import OrderedRow, Texts, read_rows
+from rmsearch.preferences.orders import levels
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.trainer.data import Encoded, Reject, Table, batches, text_digest
 
 _BATCH = 256
 
 
-class Row(NamedTuple):
-    """Candidates as (query, key) texts and what is preferred to what, by positions. ``margins``: one per pair, if
-    known; ``template``: names upstream's prompt when the file held rendered chats."""
-
-    candidates: list[tuple[str, str]]
-    pairs: list[Positions]
-    margins: list[float] | None = None
-    template: str | None = None
+def read_trainable_rows(uri: str) -> Iterator[OrderedRow]:
+    """The rows of a file; RecordError ``file:row`` also when the preferences of one go in a circle."""
+    return read_rows(uri, refuse_circles)
 
 
-class RawRow(AdvancedRow):
-    """A row of raw candidates whose preferences hold together: no circle, nothing preferred to its own text."""
-
-    chats: ClassVar[bool] = False
-
-    @cached_property
-    def row(self) -> Row:
-        """The row as texts. ValueError for what is inconsistent."""
-        if any(_is_chat(each) != self.chats for each in self.batch):
-            raise ValueError("msg in one row, query and key in another: give all candidates of a file in one form")
-        template, texts = _chats(self.batch) if self.chats else (None, [_raw(each) for each in self.batch])
-        first: dict[tuple[str, str], int] = {}
-        place = [first.setdefault(text, i) for i, text in enumerate(texts)]
-        for chosen, rejected in self.dpo_pairs:
-            if place[chosen] == place[rejected]:
-                raise ValueError(f"the two candidates of the pair {[chosen, rejected]} are the same text")
-        levels(len(texts), [(place[chosen], place[rejected]) for chosen, rejected in self.dpo_pairs])
-        return Row(texts, list(self.dpo_pairs), self.margins, template)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RawRow:
-        _ = self.row  # a ValueError here gets the file and row
-        return self
+def refuse_circles(row: OrderedRow) -> None:
+    """ValueError when the preferences of a row go in a circle; equal texts count as one candidate."""
+    first: dict[Texts, int] = {}
+    place = [first.setdefault(text, i) for i, text in enumerate(row.candidates)]
+    levels(len(place), [(place[chosen], place[rejected]) for chosen, rejected in row.pairs])
 
 
-class ChatRow(RawRow):
-    """A row of upstream's rendered chats, which are taken apart into query and key."""
-
-    chats: ClassVar[bool] = True
-
-
-def _is_chat(candidate: Candidate) -> bool:
-    return candidate.query is None or candidate.key is None
-
-
-def _raw(candidate: Candidate) -> tuple[str, str]:
-    return candidate.query or "", candidate.key or ""
-
-
-def _chats(batch: Sequence[Candidate]) -> tuple[str | None, list[tuple[str, str]]]:
-    parts = [take_apart(each.msg or []) for each in batch]
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        raise ValueError("a chat is in no known prompt, so query and key cannot be told apart: give query and key")
-    if len({name for name, _, _ in known}) > 1:
-        raise ValueError("the chats are in different prompts")
-    return known[0][0], [(query, key) for _, query, key in known]
-
-
-def read_rows(uri: str) -> Iterator[Row]:
-    """The rows of a file, with raw candidates (``query``, ``key``) or with upstream's ``msg`` chats.
-
-    Raises InputMissingError, ConfigError (suffix), and RecordError ``file:row`` for what is malformed: a pair out of
-    range or of equal texts, preferences in a circle, both forms in one file, a chat in no known prompt.
-    """
-    first = next(read_records(uri), None)
-    if first is None:
-        raise RecordError("holds no rows", where=uri, remedy="Make some with `rmsearch train judge_adpo_dataset`")
-    if "batch" not in first and not {"chosen_key", "chosen_msg"}.isdisjoint(first):
-        raise RecordError("holds pairs, not rows of candidates", where=uri, remedy="Train with `rmsearch train lora`")
-    chats = _is_chat(next(read_models(uri, AdvancedRow)).batch[0])
-    return (each.row for each in read_models(uri, ChatRow if chats else RawRow))
-
-
-def peek_row_template(uris: Sequence[str], rows: int = 100) -> str | None:
-    """The upstream prompt that the first ``rows`` rows were rendered with; None for raw or mixed files."""
-    names = {row.template for uri in uris for row in islice(read_rows(uri), rows)}
-    return names.pop() if len(names) == 1 else None
-
-
-def encode_rows(rows: Iterable[Row], renderer: Renderer, reject: Reject | None = None) -> Encoded:
-    """Renders the candidates that occur in a preference; the pairs of a row stay together (``Encoded.start``).
+def encode_rows(rows: Iterable[OrderedRow], renderer: Renderer, reject: Reject | None = None) -> Encoded:
+    """Render the candidates that occur in a preference; the pairs of a row stay together (``Encoded.start``).
 
     Texts that differ only past the cut are one candidate: pairs of two such texts, and rows whose preferences go in a
     circle for it, are given to ``reject`` and left out.
@@ -145,8 +69,8 @@ class _Kept:
         default_factory=lambda: Counter(candidates=0, total_orders=0, same_tokens=0, circles=0, with_margin=0, read=0)
     )
 
-    def add(self, row: Row, place: Mapping[int, int], inputs: Sequence[np.ndarray]) -> None:
-        """Adds a row. place: candidate -> position in ``inputs``."""
+    def add(self, row: OrderedRow, place: Mapping[int, int], inputs: Sequence[np.ndarray]) -> None:
+        """Add a row. place: candidate -> position in ``inputs``."""
         first: dict[bytes, int] = {}
         same = {i: first.setdefault(inputs[at].tobytes(), i) for i, at in place.items()}
         kept = [(same[a], same[b], n) for n, (a, b) in enumerate(row.pairs) if same[a] != same[b]]

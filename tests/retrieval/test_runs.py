@@ -1,4 +1,4 @@
-"""Run files and the records between stages: both forms, whole or not at all, malformed input at file:row."""
+"""Run files: both forms, whole or not at all, malformed input at file:row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from rmsearch.datasets.records import MessagePair, PreferencePair, read_preferences
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.retrieval.runs import ordered, read_candidates, read_run, short, write_run
 
@@ -87,34 +86,3 @@ def test_short_numbers_are_the_same_float32() -> None:
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     assert all(np.float32(short(float(v))) == v for v in values)
     assert list(ordered({"b": 1.0, "a": 1.0, "c": 2.0})) == ["c", "a", "b"]
-
-
-def test_preferences_in_both_forms(tmp_path: Path) -> None:
-    raw = {"query": "q", "chosen_key": "a", "rejected_key": "b", "query_id": 3, "margin": 0.5, "extra": 1}
-    chat = {
-        "chosen_msg": [{"role": "user", "content": "q a"}],
-        "rejected_msg": [{"role": "user", "content": "q b"}],
-        "chosen_sentence_id": 12,
-        "query_id": 0,
-    }
-    (tmp_path / "p.json").write_text(json.dumps([raw, chat]))
-    first, second = read_preferences(str(tmp_path / "p.json"))
-    assert isinstance(first, PreferencePair) and first.query_id == "3" and first.margin == 0.5
-    assert isinstance(second, MessagePair) and second.chosen_sentence_id == "12"
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"query": "q", "chosen_key": "a"}, r"p\.jsonl:2: .*rejected_key: Field required"),
-        ({"query": "q", "chosen_key": "a", "rejected_key": "a"}, "the same text"),
-        ({"query": "q", "chosen_key": "a", "rejected_key": "b", "margin": -1}, "margin"),
-        ({"chosen_msg": [], "rejected_msg": []}, "chosen_msg"),
-        ({"chosen_msg": [{"role": "robot", "content": ""}], "rejected_msg": []}, "role"),
-    ],
-)
-def test_malformed_preferences(tmp_path: Path, record: object, message: str) -> None:
-    good = {"query": "q", "chosen_key": "a", "rejected_key": "b"}
-    (tmp_path / "p.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(record) + "\n")
-    with pytest.raises(RecordError, match=message):
-        list(read_preferences(str(tmp_path / "p.jsonl")))

@@ -29,7 +29,7 @@ from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.errors import RetryableError
 from rmsearch.preferences.ladder_order import OrderFlags, verified
 from rmsearch.retrieval.candidates import FirstStage, KeyChoices
-from rmsearch.retrieval.corpus_search import Question
+from rmsearch.retrieval.corpus_search import RetrievalQuery
 from rmsearch.scoring import journaled
 from rmsearch.scoring.journaled import (
     BlockEntries,
@@ -109,7 +109,7 @@ def test_retrieval_goes_on_with_a_journal_of_older_code(order: str, chosen: bool
     numbers = np.array([(q, k) for q, row in enumerate(CHOSEN) for k in row], np.int32) if chosen else None
     name = f"top_{'candidates' if chosen else 'keys'}_{order}.journal"
     with indexed(Row(f"k{i}", key, {}) for i, key in enumerate(KEYS)) as keys:
-        questions = [Question(query, str(i)) for i, query in enumerate(QUERIES)]
+        questions = [RetrievalQuery(query, str(i)) for i, query in enumerate(QUERIES)]
         pairs, scorer = KeyChoices(questions, keys, numbers).pairs(order == "key_first"), OrderedScorer(order)
         known = completed(opened(name, tmp_path), scorer, pairs, lambda journal: BlockEntries(journal, 4, sliced=True))
     assert known == 10 and len(scorer.pairs) == len(pairs) - 10

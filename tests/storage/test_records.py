@@ -92,14 +92,6 @@ def test_values_in_csv(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", ALL)
-def test_batches(tmp_path: Path, suffix: str) -> None:
-    file = str(tmp_path / f"a.{suffix}")
-    records.write_records(file, ({"a": str(number)} for number in range(25)))
-    batches = list(records.read_batches(file, 10))
-    assert [len(batch) for batch in batches] == [10, 10, 5] and batches[2][4] == {"a": "24"}
-
-
 def test_many_parquet_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "PARQUET_ROWS", 10)
     file = str(tmp_path / "a.parquet")

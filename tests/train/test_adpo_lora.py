@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmsearch.cli import run_command
+from rmsearch.datasets.chain import AdvancedRow
+from rmsearch.datasets.preferences import common_template, ordered_row
 from rmsearch.errors import ConfigError, RecordError, RejectedError
 from rmsearch.preferences.orders import implied, levels
 from rmsearch.prompts.renderer import Renderer
@@ -33,7 +35,7 @@ from rmsearch.train.adpo_lora import adpo_lora
 from rmsearch.train.lora import lora
 from rmsearch.trainer.batches import PairCollator, PairSampler
 from rmsearch.trainer.losses import preference_loss
-from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
+from rmsearch.trainer.ordered_rows import encode_rows, read_trainable_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {
@@ -200,7 +202,7 @@ def test_rows_of_unequal_size_are_forwarded_once_per_candidate(tmp_path: Path) -
         adpo_row("protein", KEYS[:2], margins=[2.0]),
         adpo_row("gene", KEYS[3:], [(0, 1), (1, 2)]),
     ]
-    data = encode_rows(read_rows(pair_sets.write(tmp_path / "rows.json", rows)), renderer())
+    data = encode_rows(read_trainable_rows(pair_sets.write(tmp_path / "rows.json", rows)), renderer())
     assert len(data) == 13 and data.starts.tolist() == [0, 10, 11, 13]
     expected = {"rows": 3, "candidates": 10, "inputs": 8, "total_orders": 3, "with_margin": 1, "queries": 2}
     assert {name: data.counts[name] for name in expected} == expected
@@ -228,9 +230,7 @@ def test_every_row_is_drawn_once_an_epoch(sizes: list[int], batch: int, epoch: i
 
 
 def _as_rows(rows: list[dict[str, Any]]) -> Any:
-    from rmsearch.trainer.ordered_rows import RawRow
-
-    return [RawRow.model_validate(row).row for row in rows]
+    return [ordered_row(AdvancedRow.model_validate(row)) for row in rows]
 
 
 def _parts(items: list[int], size: int) -> list[list[int]]:
@@ -245,7 +245,7 @@ def test_what_is_equal_after_the_cut_is_set_aside(tmp_path: Path) -> None:
     ]
     refused: list[str] = []
     path = pair_sets.write(tmp_path / "rows.json", rows)
-    data = encode_rows(read_rows(path), renderer(24), lambda _, reason: refused.append(reason))
+    data = encode_rows(read_trainable_rows(path), renderer(24), lambda _, reason: refused.append(reason))
     assert data.counts["same_tokens"] == 2 and data.counts["circles"] == 1 and len(refused) == 3
     assert len(data) == 2 and data.counts["candidates"] == 2 and data.counts["read"] == 6
     assert len(set(data.chosen.tolist())) == 1
@@ -258,13 +258,16 @@ def test_upstream_rows_are_the_same_as_raw_ones(tmp_path: Path) -> None:
     rows = adpo_rows(5)
     raw = pair_sets.write(tmp_path / "raw.json", rows)
     chats = pair_sets.write(tmp_path / "chats.json", [as_chats(row) for row in rows])
-    assert [row[:3] for row in read_rows(raw)] == [row[:3] for row in read_rows(chats)]
+    assert [row[:3] for row in read_trainable_rows(raw)] == [row[:3] for row in read_trainable_rows(chats)]
     for suffix in ("csv", "parquet"):
         for file, same in ((raw, rows), (chats, [as_chats(row) for row in rows])):
             write_records(str(tmp_path / f"rows.{suffix}"), same)
-            assert list(read_rows(str(tmp_path / f"rows.{suffix}"))) == list(read_rows(file))
-    assert peek_row_template([chats]) == "upstream_lora"
-    assert peek_row_template([raw]) is None and peek_row_template([raw, chats]) is None
+            assert list(read_trainable_rows(str(tmp_path / f"rows.{suffix}"))) == list(read_trainable_rows(file))
+    assert common_template([chats], read_trainable_rows) == "upstream_lora"
+    assert (
+        common_template([raw], read_trainable_rows) is None
+        and common_template([raw, chats], read_trainable_rows) is None
+    )
 
 
 GOOD_ROW = adpo_row("q", ["a", "b", "c"])
@@ -295,7 +298,7 @@ def test_bad_rows_are_refused_with_file_and_row(
     rows, path = [GOOD_ROW, GOOD_ROW, row], tmp_path / f"bad.{suffix}"
     path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(each) + "\n" for each in rows))
     with pytest.raises(RecordError, match=problem) as error:
-        list(read_rows(str(path)))
+        list(read_trainable_rows(str(path)))
     assert f"bad.{suffix}:{number}" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -303,11 +306,11 @@ def test_chats_that_cannot_be_taken_apart_are_refused(tmp_path: Path) -> None:
     chats = as_chats(GOOD_ROW)
     unknown = chats | {"batch": [{"msg": UNKNOWN}, *chats["batch"][1:]]}
     with pytest.raises(RecordError, match=r"chats.json:1: .*no known prompt"):
-        list(read_rows(pair_sets.write(tmp_path / "chats.json", [chats, unknown])))
+        list(read_trainable_rows(pair_sets.write(tmp_path / "chats.json", [chats, unknown])))
     answers = [[*UNKNOWN, {"role": "assistant", "content": text}] for text in ("b", "c")]
     mixed = chats | {"batch": [chats["batch"][0], *({"msg": answer} for answer in answers)]}
     with pytest.raises(RecordError, match="different prompts"):
-        list(read_rows(pair_sets.write(tmp_path / "mixed.json", [mixed])))
+        list(read_trainable_rows(pair_sets.write(tmp_path / "mixed.json", [mixed])))
 
 
 def test_files_that_hold_no_rows_are_refused(encoder: str, tmp_path: Path) -> None:

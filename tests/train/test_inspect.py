@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rmsearch
+from rmsearch.datasets.preferences import Preference
 from rmsearch.errors import RecordError, RejectedError
 from rmsearch.reports.page import counted, percent
 from rmsearch.reports.preference_columns import Columns
-from rmsearch.reports.preference_entries import Entry
 from rmsearch.reports.preference_measures import auc, compared, contradictions, histogram, measure
 from rmsearch.stage import execute
 from rmsearch.storage import uri as storage
@@ -350,7 +350,7 @@ def test_every_value_is_in_a_bin(values: list[float], kind: type) -> None:
 def test_counts_are_those_of_the_texts(triples: list[tuple[str, str, str]]) -> None:
     columns = Columns(opening_words=3, compared_texts=10)
     for triple in triples:
-        columns.add(Entry(*triple))
+        columns.add(Preference(*triple))
     facts = measure(columns, 0.8)
     counts = facts["counts"]
     assert counts["queries"] == len({q for q, _, _ in triples})

@@ -23,7 +23,8 @@ from llm_server import Server, serving
 
 from rmsearch.cli import run_command
 from rmsearch.datasets.chain import AdvancedRow
-from rmsearch.datasets.records import MessagePair, PreferencePair, read_preferences
+from rmsearch.datasets.preferences import read_pairs, read_preferences, read_rows
+from rmsearch.datasets.records import MessagePair, PreferencePair
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError, RecordError, RejectedError
 from rmsearch.llm.instructions import instruction
@@ -43,8 +44,6 @@ from rmsearch.stage import Run, execute
 from rmsearch.storage.records import read_models, read_records, write_records
 from rmsearch.train.judge_adpo_dataset import judge_adpo_dataset
 from rmsearch.train.judge_dataset import judge_dataset
-from rmsearch.trainer.data import read_pairs
-from rmsearch.trainer.ordered_rows import read_rows
 
 TESTS = Path(__file__).parents[1]
 ANSWERS = [json.loads(line) for line in (TESTS / "fixtures" / "answers" / "judge.jsonl").read_text().splitlines()]

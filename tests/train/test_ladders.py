@@ -21,7 +21,7 @@ from llm_server import Server, serving
 
 from rmsearch.cli import run_command
 from rmsearch.datasets.chain import AdvancedRow, KeyLadder, QueryChoices, QueryLadder
-from rmsearch.datasets.records import read_preferences
+from rmsearch.datasets.preferences import ordered_row, read_preferences
 from rmsearch.engines import load_scorer
 from rmsearch.errors import ConfigError, RejectedError
 from rmsearch.llm.budget import cut
@@ -39,7 +39,7 @@ from rmsearch.storage.records import read_models, read_records, write_records
 from rmsearch.train.make_query_and_less_relevant_keys_recs import make_query_and_less_relevant_keys_recs
 from rmsearch.train.make_query_dpo_pairs import make_query_dpo_pairs
 from rmsearch.train.make_query_dpo_pairs_v3 import make_query_dpo_pairs_v3
-from rmsearch.trainer.ordered_rows import RawRow, read_rows
+from rmsearch.trainer.ordered_rows import read_trainable_rows, refuse_circles
 
 ANSWERS = Path(__file__).parents[1] / "fixtures" / "answers"
 TEXT = re.compile(r"<text>\n(.*)\n</text>", re.DOTALL)
@@ -141,7 +141,7 @@ def test_recorded_query_ladders_are_accepted_or_refused_with_the_right_reason(tm
     lists = ["chosen_queries", "rejected_queries"] if variant == 3 else ["queries"]
     assert set(records[0]) == {*lists, "key", "df_id", "query-types", "prompt"}
     assert records[0]["query-types"] == ["title"] * 5 * len(lists)
-    rows = list(read_rows(adpo))
+    rows = list(read_trainable_rows(adpo))
     assert len(rows) == len(good)
     assert len(rows[0].candidates) == 5 * len(lists) and len({key for _, key in rows[0].candidates}) == 1
     assert len(rows[0].pairs) == (25 if variant == 3 else 10)
@@ -215,9 +215,11 @@ def test_query_ladders_become_rows(texts: list[str], key: str, split: int, typed
     assert found == [(a, b) for a in chosen for b in rejected]
 
 
-def again(row: AdvancedRow) -> RawRow:
+def again(row: AdvancedRow) -> AdvancedRow:
     """As training reads it back: ranges, circles and equal texts are checked."""
-    return RawRow.model_validate(row.model_dump(mode="json"))
+    read = AdvancedRow.model_validate(row.model_dump(mode="json"))
+    refuse_circles(ordered_row(read))
+    return read
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
@@ -534,4 +536,4 @@ def test_ladders_through_vllm(tmp_path: Path) -> None:
     ladders = list(read_models(str(tmp_path / "out.json"), KeyLadder))
     assert run.counts["ladders"] == len(ladders) > 0
     assert all(len(ladder.less_relevant_keys) == 5 for ladder in ladders)
-    assert len(list(read_rows(adpo))) == len(ladders)
+    assert len(list(read_trainable_rows(adpo))) == len(ladders)

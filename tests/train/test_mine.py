@@ -13,7 +13,7 @@ import tiny_models
 import tiny_sets
 
 from rmsearch.datasets.beir import Beir, Document
-from rmsearch.datasets.records import read_preferences
+from rmsearch.datasets.preferences import read_preferences
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.embed import embed
 from rmsearch.preferences.mining import Miner, Rules, choose_pairs

@@ -11,61 +11,20 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.errors import ConfigError, ModelError, RecordError
+from rmsearch.datasets.preferences import Pair, read_pairs
+from rmsearch.errors import ConfigError, ModelError
 from rmsearch.models.folder import ModelFolder
 from rmsearch.prompts.renderer import Renderer
 from rmsearch.prompts.templates import TEMPLATES
 from rmsearch.trainer.adapters import choose_layers, lora_config, start_pooler
 from rmsearch.trainer.batches import PairCollator, PairSampler, pair_order
-from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
+from rmsearch.trainer.data import encode_pairs
 from rmsearch.trainer.losses import preference_loss
 from rmsearch.trainer.model import load_base
 
 
 def renderer(length: int = 64) -> Renderer:
     return Renderer(tiny_models.bert_tokenizer(), TEMPLATES["encoder"], length)
-
-
-def test_raw_and_upstream_records_give_the_same_pairs(tmp_path: Path) -> None:
-    rows = pair_sets.pairs(5)
-    raw = pair_sets.write(tmp_path / "raw.json", rows)
-    chats = pair_sets.write(tmp_path / "chats.json", [pair_sets.upstream_form(row) for row in rows])
-    assert [pair[:4] for pair in read_pairs(raw)] == [pair[:4] for pair in read_pairs(chats)]
-    assert peek_template([chats]) == "upstream_lora"
-    assert peek_template([raw]) is None
-    assert peek_template([raw, chats]) is None
-
-
-def test_a_question_and_answer_chat_is_query_and_key(tmp_path: Path) -> None:
-    def chat(answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": "which gene?"}, {"role": "assistant", "content": answer}]
-
-    path = pair_sets.write(tmp_path / "qa.json", [{"chosen_msg": chat("this"), "rejected_msg": chat("that")}])
-    assert next(read_pairs(path))[:3] == ("which gene?", "this", "that")
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"query": "q", "chosen_key": "same", "rejected_key": "same"}, "same text"),
-        ({"query": "q", "chosen_key": "a"}, "rejected_key"),
-        ({"query": "q", "chosen_key": "a", "rejected_key": 3}, "rejected_key"),
-        (
-            {"chosen_msg": [{"role": "user", "content": "a"}], "rejected_msg": [{"role": "user", "content": "b"}]},
-            "no known prompt",
-        ),
-    ],
-)
-def test_bad_rows_are_refused_with_file_and_row(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    path = pair_sets.write(tmp_path / "bad.json", [*pair_sets.pairs(2), row])
-    with pytest.raises(RecordError, match=problem) as error:
-        list(read_pairs(path))
-    assert "bad.json:2" in str(error.value)
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="no pairs"):
-        list(read_pairs(pair_sets.write(tmp_path / "none.json", [])))
 
 
 def test_long_keys_are_cut_and_counted_and_equal_tokens_set_aside(tmp_path: Path) -> None:
@@ -83,8 +42,6 @@ def test_long_keys_are_cut_and_counted_and_equal_tokens_set_aside(tmp_path: Path
 
 
 def test_shared_texts_are_rendered_and_forwarded_once() -> None:
-    from rmsearch.trainer.data import Pair
-
     keys = ["one", "two", "three", "four"]
     data = encode_pairs([Pair("gene", "best", key) for key in keys], renderer())
     assert len(data.inputs) == 5 and len(set(data.group.tolist())) == 1
@@ -108,8 +65,6 @@ def test_the_order_keeps_groups_together_and_repeats_itself() -> None:
 def test_the_sampler_follows_the_epoch() -> None:
     data = encode_pairs((pair for pair in []), renderer())  # no pairs: nothing to order, but the counts are there
     assert len(data) == 0 and data.counts["pairs"] == 0
-    from rmsearch.trainer.data import Pair
-
     data = encode_pairs([Pair(f"gene {i}", "best", "worst") for i in range(20)], renderer())
     sampler = PairSampler(data, 4, seed=0)
     first = list(sampler)
