@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -78,8 +77,6 @@ class LoopThread:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    # What is started here inherits this: Ctrl-C in a terminal is then for the main process alone, which ends them all
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()

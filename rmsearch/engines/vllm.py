@@ -16,7 +16,7 @@ import numpy as np
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import ChatRequest, Generation, prompt_ids
 from rmsearch.engines.threads import LoopThread
-from rmsearch.engines.vllm_start import prepare, spawning
+from rmsearch.engines.vllm_start import keep_ctrl_c, prepare, spawning
 from rmsearch.errors import ConfigError, ModelError, RetryableError
 from rmsearch.models.contract import Contract, load_json
 from rmsearch.models.folder import ADAPTER_FILE
@@ -45,6 +45,7 @@ class VLLMEngine:
         self._thread = LoopThread("rmsearch-vllm")
 
         async def start() -> Any:
+            keep_ctrl_c()
             # vLLM's defaults for offline work: larger batches than those of a server
             return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
 

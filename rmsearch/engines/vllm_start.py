@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 from rmsearch.cores import free_cores, spare_cores
 from rmsearch.errors import MissingExtraError
@@ -72,6 +73,15 @@ def spawning(on_cpu: bool) -> Iterator[None]:
         main.__spec__ = before
         for name in added:
             os.environ.pop(name, None)
+
+
+def keep_ctrl_c() -> None:
+    """Block Ctrl-C in the processes that this thread starts: in a terminal it is for the main process, which ends them.
+
+    Python's resource tracker comes first: to start it later would unblock the signal again.
+    """
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def end_with_parent() -> None:
