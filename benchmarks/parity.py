@@ -28,14 +28,16 @@ TEMPLATES = {"bert": ("encoder", "encoder_segment"), "qwen3": ("chat", "chat_key
 
 def build(folder: Path, family: str, name: str) -> Path:
     """A model folder with a contract for the template."""
-    from rmsearch.models.contract import make_contract, write_contract
+    from rmsearch.models.contract import write_contract
+    from rmsearch.models.folder import ModelFolder
+    from rmsearch.models.resolve import make_contract
     from rmsearch.prompts.templates import template
 
     if family == "bert":
         common.minilm_cross_encoder(folder)
     else:
         tiny_models.decoder_reward_model(folder)
-    write_contract(folder, make_contract(folder, template(name), LENGTH))
+    write_contract(folder, make_contract(ModelFolder(folder), template(name), LENGTH))
     return folder
 
 

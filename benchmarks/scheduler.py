@@ -43,6 +43,14 @@ def questions(count: int) -> list[str]:
     return unique + unique[: count // 5]
 
 
+async def scored(scorer: Any, queries: list[str], keys: list[str]) -> None:
+    """Have every query scored with every key."""
+    from rmsearch.engines.pairs import NumberedPairs
+
+    async for _ in scorer.stream(NumberedPairs(queries, keys)):
+        pass
+
+
 def timed(scorer: Any, backend: Any, queries: list[str], keys: list[str]) -> tuple[float, float]:
     """(seconds of the whole grid, seconds within the model)."""
     inside = 0.0
@@ -58,7 +66,7 @@ def timed(scorer: Any, backend: Any, queries: list[str], keys: list[str]) -> tup
 
     backend._forward = watched
     start = time.perf_counter()
-    asyncio.run(scorer.score_grid(queries, keys))
+    asyncio.run(scored(scorer, queries, keys))
     return time.perf_counter() - start, inside
 
 
@@ -77,9 +85,9 @@ def main() -> None:
         null = NullBackend(real.backend.limits)
         scheduler = PairScorer(null, real.renderer, real.contract)
         start = time.perf_counter()
-        asyncio.run(scheduler.score_grid(questions(options.queries), keys))
+        asyncio.run(scored(scheduler, questions(options.queries), keys))
         own = time.perf_counter() - start
-        asyncio.run(real.score_grid(questions(5), keys))
+        asyncio.run(scored(real, questions(5), keys))
         few = questions(options.timed_queries)
         whole, inside = timed(real, real.backend, few, keys)
     per_pair = inside / (len(set(few)) * len(keys))

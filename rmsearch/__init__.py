@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rmsearch.interrupts import watch_command
+
 __version__ = "0.1.0"
+watch_command()
 
 if TYPE_CHECKING:
     from rmsearch.rm_trainer import RMTrainer as RMTrainer
     from rmsearch.search import Search as Search
 
-_HOMES = {"Search": "rmsearch.search", "RMTrainer": "rmsearch.rm_trainer"}
+_HOMES = {"Search": "rmsearch.rmsearch", "RMTrainer": "rmsearch.rm_trainer"}
 __all__ = ["RMTrainer", "Search", "__version__"]
 
 

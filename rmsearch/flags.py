@@ -83,7 +83,7 @@ class EngineFlags(StageConfig):
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments for load_scorer and load_embedder; options of vLLM only when vLLM runs the model."""
-        from rmsearch.engines import pick_engine
+        from rmsearch.engines.options import pick_engine
 
         engine = pick_engine(self.engine, self.base_url)
         arguments: dict[str, Any] = {

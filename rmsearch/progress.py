@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,9 @@ def logfmt(event: str, **fields: Any) -> str:
     for name, value in fields.items():
         if value is None:
             continue
-        text = (
-            f"{value:.4g}"
-            if isinstance(value, float) and abs(value) < 1000
-            else f"{value:.0f}"
-            if isinstance(value, float)
-            else str(value)
-        )
+        text = str(value)
+        if isinstance(value, float):
+            text = f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
         parts.append(f'{name}="{text}"' if " " in text or not text else f"{name}={text}")
     return " ".join(parts)
 
@@ -47,15 +44,18 @@ class Progress:
 
     def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
-        self.started = self._last_line = time.monotonic()
+        self.started = time.monotonic()
         self._advance_bar: Any = None
 
     def advance(self, n: int = 1) -> None:
+        """Count n more items as done."""
         self.done += n
         if self._advance_bar is not None:
             self._advance_bar(n)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
+
+    def print_lines(self, ended: threading.Event) -> None:
+        """Print a line every few seconds, also while a long batch lets nothing advance."""
+        while not ended.wait(LINE_EVERY_SECONDS):
             self._print_line()
 
     @property
@@ -81,7 +81,12 @@ def progress(label: str, total: int | None = None, unit: str = "items") -> Itera
     """Show progress on stderr while the block runs."""
     shown = Progress(label, total, unit)
     if not sys.stderr.isatty():
-        yield shown
+        ended = threading.Event()
+        threading.Thread(target=shown.print_lines, args=(ended,), name="rmsearch-progress", daemon=True).start()
+        try:
+            yield shown
+        finally:
+            ended.set()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

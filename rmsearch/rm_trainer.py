@@ -1,4 +1,4 @@
-"""``RMTrainer``: training from Python, as upstream's class of that name; thin over `rmsearch.train.lora`."""
+"""``RMTrainer``: training from Python, as upstream's class of that name; thin over the command `train lora`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rmsearch.errors import ConfigError, RecordError
+from rmsearch.prompts.renderer import query_text
+from rmsearch.stage import execute
+from rmsearch.storage import uri
+from rmsearch.storage.records import write_json, write_records
+from rmsearch.train.lora import lora
 
 SAME_NAME = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
@@ -59,18 +64,15 @@ class RMTrainer:
 
         Raises RecordError for a row that lacks a field or whose two keys are the same.
         """
-        from rmsearch.storage import uri
-        from rmsearch.storage.records import write_json, write_records
-
         rows = [_row(row, i) for i, row in enumerate(dataset_list)]
         if not rows:
             raise RecordError("holds no rows", where="dataset_list")
         share = 0.1 if test_size is None else test_size if test_size < 1 else test_size / len(rows)
         queries = sorted({row["query"] for row in rows})
         random.Random(seed).shuffle(queries)
-        held = set(queries[: min(round(share * len(queries)) or bool(share), len(queries) - 1)])
-        parts = {False: [i for i, r in enumerate(rows) if r["query"] not in held]}
-        parts[True] = [i for i, r in enumerate(rows) if r["query"] in held]
+        test_queries = set(queries[: min(round(share * len(queries)) or bool(share), len(queries) - 1)])
+        parts = {False: [i for i, r in enumerate(rows) if r["query"] not in test_queries]}
+        parts[True] = [i for i, r in enumerate(rows) if r["query"] in test_queries]
         self._base_dir = base_dir
         names = {False: "train", True: "test"}
         paths = {part: uri.join(base_dir, "dataset", f"{names[part]}.jsonl") for part in parts}
@@ -88,9 +90,6 @@ class RMTrainer:
         training_args: TRL's RewardConfig, TrainingArguments, or a dict of ``rmsearch train lora``'s settings.
         peft_config: PEFT's LoraConfig. Raises the errors of `rmsearch.errors`.
         """
-        from rmsearch.stage import execute
-        from rmsearch.train.lora import lora
-
         settings: dict[str, Any] = {"output_dir": os.path.join(self._base_dir, "model")}  # noqa: PTH118  may be a URI
         settings |= {"max_length": formatted_dataset.max_length, **self.settings}
         settings |= _from_arguments(training_args) | _from_peft(peft_config)
@@ -104,19 +103,17 @@ class RMTrainer:
 
 
 def _row(row: Mapping[str, Any], i: int) -> dict[str, Any]:
-    from rmsearch.prompts.renderer import query_text
-
     where = f"dataset_list:{i}"
-    found: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     for name in ("query", "chosen_key", "rejected_key"):
         if name not in row:
             raise RecordError(f"lacks {name!r}", where=where, remedy="Give query, chosen_key and rejected_key")
         value = row[name]
         single = isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping)
-        found[name] = value[0]["content"] if single else query_text(value, where)
-    if found["chosen_key"] == found["rejected_key"]:
+        texts[name] = value[0]["content"] if single else query_text(value, where)
+    if texts["chosen_key"] == texts["rejected_key"]:
         raise RecordError("chosen_key and rejected_key are the same text", where=where)
-    return found | ({"margin": float(row["margin"])} if row.get("margin") is not None else {})
+    return texts | ({"margin": float(row["margin"])} if row.get("margin") is not None else {})
 
 
 def _from_arguments(arguments: Any) -> dict[str, Any]:
@@ -125,35 +122,40 @@ def _from_arguments(arguments: Any) -> dict[str, Any]:
         return {}
     if isinstance(arguments, Mapping):
         return dict(arguments)
-    found = {name: getattr(arguments, name) for name in SAME_NAME}
+    settings = {name: getattr(arguments, name) for name in SAME_NAME}
     scheduler = arguments.lr_scheduler_type
-    found["lr_scheduler_type"] = getattr(scheduler, "value", str(scheduler))
-    found["logging_steps"] = max(1, int(arguments.logging_steps))
-    found["evaluation_steps"] = max(1, int(arguments.eval_steps or 40))
-    found["save_steps"] = max(1, int(arguments.save_steps))
-    found["save_total_limit"] = max(2, arguments.save_total_limit or 3)
-    found["dtype"] = "bf16" if arguments.bf16 else "fp32"
+    settings["lr_scheduler_type"] = getattr(scheduler, "value", str(scheduler))
+    settings["logging_steps"] = max(1, int(arguments.logging_steps))
+    settings["evaluation_steps"] = max(1, int(arguments.eval_steps or 40))
+    settings["save_steps"] = max(1, int(arguments.save_steps))
+    settings["save_total_limit"] = max(2, arguments.save_total_limit or 3)
+    settings["dtype"] = "bf16" if arguments.bf16 else "fp32"
     warm = arguments.warmup_steps
-    found["warmup_ratio"] = (
+    settings["warmup_ratio"] = (
         float(warm) if warm < 1 else min(0.99, warm / arguments.max_steps if arguments.max_steps > 0 else 0.05)
     )
     if getattr(arguments, "center_rewards_coefficient", None):
-        found["center_rewards"] = arguments.center_rewards_coefficient
-    found["output_dir"] = str(Path(arguments.output_dir)) if "://" not in arguments.output_dir else arguments.output_dir
-    return found
+        settings["center_rewards"] = arguments.center_rewards_coefficient
+    if "://" not in arguments.output_dir:
+        settings["output_dir"] = str(Path(arguments.output_dir))
+    return settings
 
 
 def _from_peft(config: Any) -> dict[str, Any]:
     """Our settings from PEFT's LoraConfig."""
     if config is None:
         return {}
-    found: dict[str, Any] = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    settings: dict[str, Any] = {
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+    }
     targets = config.target_modules
     if isinstance(targets, set | list | tuple):
-        found["lora_targets"] = ",".join(sorted(targets))
+        settings["lora_targets"] = ",".join(sorted(targets))
     elif targets not in (None, "all-linear"):
         raise ConfigError("a pattern of target modules is not supported", where="peft_config", remedy="Give names")
     layers = config.layers_to_transform
     if layers is not None:
-        found["lora_layers"] = ",".join(map(str, [layers] if isinstance(layers, int) else layers))
-    return found
+        settings["lora_layers"] = ",".join(map(str, [layers] if isinstance(layers, int) else layers))
+    return settings

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -213,11 +212,17 @@ def _inputs(config: StageConfig) -> list[tuple[str, str]]:
     return inputs
 
 
-def _check_overwriting(config: StageConfig, outputs: dict[str, str], record: dict[str, Any]) -> None:
-    """Refuse outputs that are inputs; files that the same stage wrote into an input folder may be written again."""
-    own = record.get("outputs", {})
+def _check_overwriting(stage: Stage[Any], config: StageConfig, outputs: dict[str, str]) -> None:
+    def is_own(output: str) -> bool:
+        """Whether a run record beside the file says that this stage wrote it."""
+        records = [each for each in uri.list_files(uri.parent(output)) if each.endswith(".run.json")]
+        return any(
+            uri.resolved(output) in map(uri.resolved, _record_of(stage.name, each).get("outputs", ()))
+            for each in records
+        )
+
     inputs = [(_flag(name), path) for name, path in _inputs(config)]
-    check_overwriting({_flag(name): path for name, path in outputs.items()}, inputs, own)
+    check_overwriting({_flag(name): path for name, path in outputs.items()}, inputs, is_own)
 
 
 def _fingerprint(name: str, config: StageConfig, digests: dict[str, str]) -> str:
@@ -272,16 +277,15 @@ def execute(stage: Stage[ConfigT], config: ConfigT | None = None, **options: Any
     logging.getLogger("rmsearch").setLevel(config.log_level)
     named = {name: value for name in fields_with_role(stage.config, "target") if (value := getattr(config, name))}
     outputs = list(named.values())
-    record_uri = f"{outputs[0].rstrip('/')}.run.json" if outputs else ""
-    former = _record_of(stage.name, record_uri)
-    _check_overwriting(config, named, former)
+    _check_overwriting(stage, config, named)
     config.prepare()
-    _check_overwriting(config, named, former)  # with the inputs that were not there before
+    _check_overwriting(stage, config, named)  # what prepare() fetched is an input now
     digests = {f"{name}={one}": uri.digest(one) if uri.exists(one) else "by name" for name, one in _inputs(config)}
     run = Run(
         stage.name, outputs[0] if outputs else None, _fingerprint(stage.name, config, digests), config.max_reject_rate
     )
-    if not config.force and _up_to_date(former, run.fingerprint, outputs):
+    record_uri = f"{outputs[0].rstrip('/')}.run.json" if outputs else ""
+    if not config.force and _up_to_date(_record_of(stage.name, record_uri), run.fingerprint, outputs):
         run.skipped = True
         say("up_to_date", stage=stage.name, output=outputs[0], remedy="--force runs it again")
         if stage.show is not None:
@@ -327,12 +331,3 @@ def explain_validation(error: ValidationError) -> str:
         given = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:80]!r}"
         parts.append(f"{flag}: {said}{given}")
     return "; ".join(parts)
-
-
-def main(stage: Stage[Any]) -> None:
-    """Entry point of ``python -m rmsearch.GROUP.STAGE``."""
-    if str(Path(__file__).parent) in sys.path:  # run as a file: do not let rmsearch's modules shadow others
-        sys.path.remove(str(Path(__file__).parent))
-    from rmsearch.command_line import run_command
-
-    raise SystemExit(run_command(stage, sys.argv[1:]))

@@ -23,6 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 RGW_UP = Path(__file__).resolve().parents[2] / "shared" / "ci" / "rgw_up.sh"
 
 
+LONGEST = ("test_demo.py", "test_examples.py", "test_engines_vllm.py", "test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def free_port() -> int:
     """A port with two free ones after it (Ceph's monitor takes those)."""
     while True:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from rmsearch.cli import STAGES, load_stage
-from rmsearch.command_line import run_command
+from rmsearch.cli import STAGES, load_stage, run_command
 from rmsearch.stage import fields_with_role
 
 
@@ -28,6 +27,13 @@ def test_an_unknown_command_is_exit_2_and_lists_the_choices() -> None:
     answer = rmsearch("evaluation", "embedd")
     assert answer.returncode == 2 and "embed" in answer.stderr and "Traceback" not in answer.stderr
     assert rmsearch("nothing").returncode == 2
+
+
+def test_a_group_lists_its_stages_and_names_may_have_dashes() -> None:
+    listed = rmsearch("evaluation")
+    assert listed.returncode == 0 and all(name in listed.stdout for name in STAGES["evaluation"])
+    dashes, underscores = (rmsearch("train", name, "--help").stdout for name in ("make-test-set", "make_test_set"))
+    assert dashes == underscores and "--output-queries" in dashes
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, stages in STAGES.items() for name in stages])

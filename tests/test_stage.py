@@ -14,9 +14,10 @@ from typing import Literal
 
 import pytest
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, RejectedError, RetryableError
 from rmsearch.stage import Run, StageConfig, model, option, source, stage, target, tuning
+from rmsearch.storage import uri
 
 
 class CopyConfig(StageConfig):
@@ -37,8 +38,6 @@ def copy(config: CopyConfig, run: Run) -> None:
 
     The long text.
     """
-    from rmsearch.storage import uri
-
     if config.fail == "bug":
         raise ZeroDivisionError
     if config.fail == "later":
@@ -140,6 +139,26 @@ def test_yaml_environment_and_flags_in_that_order(
     assert command(text, "--config", str(settings))[0] == EXIT_USER
 
 
+def test_lists_come_from_the_environment_and_settings_from_s3(
+    text: Path, monkeypatch: pytest.MonkeyPatch, s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with uri.writer(f"{s3_bucket}/settings.yaml") as file:
+        file.write(b"batch-size: 3\nmax_reject_rate: 0.5\nnames: [x]\n")
+    monkeypatch.setenv("RMSEARCH_EVALUATION_COPY_NAMES", "a b,c")
+    monkeypatch.setenv("RMSEARCH_EVALUATION_COPY_NO_SUCH_FLAG", "1")
+    code, out = command(text, "--config", f"{s3_bucket}/settings.yaml")
+    config = json.loads(Path(f"{out}.run.json").read_text())["config"]
+    assert code == EXIT_DONE and config["names"] == ["a b", "c"]
+    assert (config["batch_size"], config["max_reject_rate"]) == (3, 0.5)
+    assert command(text, "--config", f"{s3_bucket}/none.yaml")[0] == EXIT_USER
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_a_misspelt_required_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(copy, ["--inptu", "a", "--times", "1"]) == EXIT_USER
+    assert "--input" in (error := capsys.readouterr().err) and "--inptu" in error
+
+
 def test_help_is_complete_and_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(copy, ["--help"]) == EXIT_DONE
     shown = capsys.readouterr().out
@@ -207,7 +226,8 @@ def test_a_stop_signal_is_exit_75_without_a_traceback(tmp_path: Path, signum: in
         textwrap.dedent("""
         from __future__ import annotations
         import time
-        from rmsearch.stage import Run, StageConfig, main, stage
+        from rmsearch.cli import main
+        from rmsearch.stage import Run, StageConfig, stage
         @stage("evaluation.sleep")
         def sleep(config: StageConfig, run: Run) -> None:
             "Sleep."

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rmsearch.engines.closing import Closable, Owner
+from rmsearch.engines.loaded import Closable, LoadedModel
 from rmsearch.engines.pairs import Window
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.prompts.renderer import Rendered
@@ -99,7 +99,7 @@ def split_batches(lengths: np.ndarray, limits: Limits) -> Iterator[slice]:
         yield slice(start, len(lengths))
 
 
-class Dispatcher(Owner[Backend]):
+class Dispatcher(LoadedModel[Backend]):
     """A backend with its counts; any number of callers may use it at a time."""
 
     def __init__(self, backend: Backend) -> None:

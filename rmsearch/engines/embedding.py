@@ -8,14 +8,13 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from rmsearch.engines.dispatch import Backend, Dispatcher, Job, split_batches
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.models.contract import load_json, model_facts
+from rmsearch.models.folder import ModelFolder
 from rmsearch.prompts.renderer import Rendered
 from rmsearch.prompts.tokens import TextTokens, special_ends
 
@@ -45,26 +44,26 @@ class EmbeddingSpec:
 
 
 def resolve_embedding(
-    folder: Path,
-    name: str,
+    folder: ModelFolder,
     *,
     query_instruction: str | None = None,
     key_instruction: str | None = None,
     max_length: int | None = None,
     pooling: Pooling | None = None,
 ) -> EmbeddingSpec:
-    """The spec of the model in ``folder`` (called ``name``): explicit values, then its own files, then its family."""
-    facts = model_facts(folder)
-    query_prefix, key_prefix = prefixes(f"{name} {folder.name}", query_instruction, key_instruction, _prompts(folder))
-    longest = max_length or _own_length(folder) or min(facts.max_positions, LONGEST)
+    """The spec of a model: explicit values, then its own files, then its family, known by its name."""
+    facts, name = folder.facts, f"{folder.where} {folder.path.name}"
+    query_prefix, key_prefix = prefixes(name, query_instruction, key_instruction, _prompts(folder))
+    own_length = folder.json_file("sentence_bert_config.json").get("max_seq_length")
+    longest = max_length or own_length or min(facts.max_positions, LONGEST)
     if longest > facts.max_positions:
         raise ConfigError(
             f"max_length {longest} is more than the {facts.max_positions} positions of the model",
-            where=name,
+            where=folder.where,
             remedy=f"Give at most {facts.max_positions}",
         )
-    how = pooling or _own_pooling(folder) or ("mean" if facts.encoder else "last")
-    return EmbeddingSpec(how, longest, query_prefix, key_prefix)
+    pooled_by = pooling or _own_pooling(folder) or ("mean" if facts.encoder else "last")
+    return EmbeddingSpec(pooled_by, longest, query_prefix, key_prefix)
 
 
 def prefixes(
@@ -102,11 +101,8 @@ def _family_prefixes(name: str, task: str | None) -> tuple[str, str]:
     return "", ""
 
 
-def _prompts(folder: Path) -> dict[str, str]:
-    path = folder / "config_sentence_transformers.json"
-    if not path.exists():
-        return {}
-    config = load_json(path)
+def _prompts(folder: ModelFolder) -> dict[str, str]:
+    config = folder.json_file("config_sentence_transformers.json")
     prompts = {str(name): str(text) for name, text in (config.get("prompts") or {}).items()}
     default = config.get("default_prompt_name")
     if default in prompts:
@@ -114,21 +110,15 @@ def _prompts(folder: Path) -> dict[str, str]:
     return prompts
 
 
-def _own_length(folder: Path) -> int | None:
-    path = folder / "sentence_bert_config.json"
-    return load_json(path).get("max_seq_length") if path.exists() else None
-
-
-def _own_pooling(folder: Path) -> Pooling | None:
+def _own_pooling(folder: ModelFolder) -> Pooling | None:
     """The pooling that the sentence-transformers files name, None without such files; ModelError for one we lack."""
-    if not (folder / "modules.json").exists():
+    if not (folder.path / "modules.json").exists():
         return None
-    for path in sorted(folder.glob("*_Dense")):
+    for path in sorted(folder.path.glob("*_Dense")):
         raise ModelError("has a dense layer after pooling", where=str(path), remedy="Give a model without one")
-    path = folder / "1_Pooling" / "config.json"
-    if not path.exists():
+    config = folder.json_file("1_Pooling/config.json")
+    if not config:
         return None
-    config = load_json(path)
     mode = config.get("pooling_mode")
     flags = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
     chosen = [name for name, flag in flags.items() if config.get(flag) or name in (mode, mode and mode[0])]
@@ -136,7 +126,11 @@ def _own_pooling(folder: Path) -> Pooling | None:
         chosen = ["last"]
     others = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
     if len(chosen) != 1 or (others and others != [flags[chosen[0]]]):
-        raise ModelError("has a pooling other than mean, cls or last token", where=str(path), remedy="Name pooling=")
+        raise ModelError(
+            "has a pooling other than mean, cls or last token",
+            where=str(folder.path / "1_Pooling" / "config.json"),
+            remedy="Name pooling=",
+        )
     return chosen[0]  # type: ignore[return-value]
 
 

@@ -4,122 +4,118 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rmsearch.engines.embedding import EmbeddingSpec, TextEmbedder, TextInputs, TokenInputs, pooled, resolve_embedding
-from rmsearch.engines.options import EngineOptions
+from rmsearch.engines.embedding import (
+    EmbeddingSpec,
+    TextEmbedder,
+    TextInputs,
+    TokenInputs,
+    pooled,
+    prefixes,
+    resolve_embedding,
+)
+from rmsearch.engines.generation import TextGenerator
+from rmsearch.engines.http import HTTPEmbedding, HTTPGeneration, HTTPScoring, TextRenderer
+from rmsearch.engines.options import EngineOptions, engine_options
 from rmsearch.engines.scheduler import PairScorer
+from rmsearch.engines.server import Server, served_model
+from rmsearch.engines.transformers import (
+    TransformersBackend,
+    TransformersGeneration,
+    load_classifier,
+    load_plain,
+    require_torch,
+    scoring_backend,
+)
+from rmsearch.engines.vllm import VLLMGeneration, embedding_engine, generating_engine, scoring_engine
 from rmsearch.errors import ConfigError
-from rmsearch.models.contract import CONTRACT_FILE, Contract, model_facts, resolve_contract
-from rmsearch.models.folder import PACKAGED_NAMES, open_model
-from rmsearch.models.heads import adapter_base, classifier_folder, is_adapter, merged_folder
-from rmsearch.prompts.renderer import Renderer, Template
+from rmsearch.models.contract import Contract
+from rmsearch.models.folder import PACKAGED_NAMES, ModelFolder, open_model
+from rmsearch.models.heads import adapter_base, classifier_folder, merged_folder
+from rmsearch.models.resolve import resolve_contract
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import Template
 from rmsearch.storage.uri import is_s3
-
-if TYPE_CHECKING:
-    from rmsearch.engines.generation import TextGenerator
-    from rmsearch.engines.http import Server
 
 LOCAL_OPTIONS = {"device"}  # of the transformers engine
 SERVER_OPTIONS = {"model", "timeout_s", "attempts"}
 
 
 def scorer(
-    name: str, options: EngineOptions, *, lora: str | None, template: str | Template | None, max_length: int | None
+    name: str, given: dict[str, Any], *, lora: str | None, template: str | Template | None, max_length: int | None
 ) -> PairScorer:
     """The scorer that ``load_scorer`` returns."""
+    options = engine_options(**given)
     if options.engine == "http":
         return http_scorer(name, options, lora=lora, template=template, max_length=max_length)
     reward = open_reward(name, lora, template, max_length)
     return vllm_scorer(reward, options) if options.engine == "vllm" else transformers_scorer(reward, options)
 
 
-def embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def embedder(name: str, given: dict[str, Any], embedding: dict[str, Any]) -> TextEmbedder:
     """The embedder that ``load_embedder`` returns."""
-    return http_embedder(name, options, wishes) if options.engine == "http" else local_embedder(name, options, wishes)
+    options = engine_options(**given)
+    return (
+        http_embedder(name, options, embedding)
+        if options.engine == "http"
+        else local_embedder(name, options, embedding)
+    )
 
 
-def generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
+def generator(name: str, given: dict[str, Any], max_length: int | None) -> TextGenerator:
     """The generator that ``load_generator`` returns."""
+    options = engine_options(**given)
     return http_generator(name, options) if options.engine == "http" else local_generator(name, options, max_length)
 
 
 @dataclass(frozen=True)
-class Reward:
+class RewardFolder:
     """A reward model opened on this machine, before an engine has it. ``adapter``: a LoRA folder on top."""
 
-    name: str
-    folder: Path
-    adapter: Path | None
+    folder: ModelFolder
+    adapter: ModelFolder | None
     contract: Contract
-    tokenizer: Any
     renderer: Renderer
 
+    def load(self, **options: Any) -> Any:
+        """The torch model, its adapter merged; options of `load_classifier`."""
+        return load_classifier(self.folder, self.contract, adapter=self.adapter, **options)
 
-def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> Reward:
+
+def open_reward(name: str, lora: str | None, template: str | Template | None, max_length: int | None) -> RewardFolder:
     """Opens a model folder, or an adapter folder with its base, and resolves its contract."""
-    from rmsearch.engines.transformers import load_tokenizer, require_torch
-
     require_torch()
-    folder, adapter = open_model(name), None if lora is None else open_model(lora)
-    if is_adapter(folder):
+    folder, adapter = ModelFolder.open(name), None if lora is None else ModelFolder.open(lora)
+    if folder.is_adapter:
         if adapter is not None:
             raise ConfigError(f"{name} is an adapter itself", remedy="Give its base as model, or leave lora away")
-        folder, adapter = open_model(adapter_base(folder)), folder
-    own = adapter if adapter is not None and (adapter / CONTRACT_FILE).exists() else None
-    contract = resolve_contract(
-        folder,
-        name=name,
-        template_name=template,
-        max_length=max_length,
-        contract_folder=own,
-        headless=adapter is not None,
-    )
-    tokenizer = load_tokenizer(folder)
-    return Reward(
-        name, folder, adapter, contract, tokenizer, Renderer(tokenizer, contract.template, contract.max_length)
-    )
+        folder, adapter = ModelFolder(open_model(adapter_base(folder)), name), folder
+    contract = resolve_contract(folder, template_name=template, max_length=max_length, adapter=adapter)
+    renderer = Renderer(folder.tokenizer, contract.template, contract.max_length)
+    return RewardFolder(folder, adapter, contract, renderer)
 
 
-def transformers_scorer(reward: Reward, options: EngineOptions) -> PairScorer:
+def transformers_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
     """A scorer with torch on this machine."""
-    from rmsearch.engines.transformers import load_classifier, scoring_backend
-
-    how = {"dtype": options.dtype, **options.extra_of(LOCAL_OPTIONS)}
-    model = load_classifier(reward.folder, reward.tokenizer, reward.contract, lora=reward.adapter, **how)
-    backend = scoring_backend(model, reward.contract, reward.tokenizer, options.batch_tokens)
+    model = reward.load(dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
+    backend = scoring_backend(model, reward.folder, reward.contract, options.batch_tokens)
     return PairScorer(backend, reward.renderer, reward.contract)
 
 
-def vllm_scorer(reward: Reward, options: EngineOptions) -> PairScorer:
-    """A scorer with vLLM in this process; what vLLM can't serve as it is gets merged or converted first."""
-    from rmsearch.engines.vllm import scoring_engine
+def vllm_scorer(reward: RewardFolder, options: EngineOptions) -> PairScorer:
+    """A scorer with vLLM in this process; what vLLM can't serve as it is gets merged or converted first.
 
-    folder, adapter = reward.folder, reward.adapter
-    if adapter is not None and not _vllm_serves_adapter(reward):
-        folder, adapter = _merged(reward, adapter), None
-    folder = classifier_folder(folder, reward.tokenizer, reward.name)
+    vLLM knows LoRA for decoders only, and needs a base that has a head.
+    """
+    folder, adapter, contract = reward.folder, reward.adapter, reward.contract
+    if adapter is not None and not (contract.pooling == "last" and folder.has_head):
+        merged = merged_folder(folder, adapter, lambda: reward.load(dtype=contract.dtype, device="cpu"))
+        folder, adapter = ModelFolder(merged, folder.name), None
+    path, lora = classifier_folder(folder), None if adapter is None else adapter.path
     arguments = options.vllm_arguments()
-    backend = scoring_engine(folder, reward.contract, dtype=options.dtype, adapter=adapter, arguments=arguments)
-    return PairScorer(backend, reward.renderer, reward.contract)
-
-
-def _vllm_serves_adapter(reward: Reward) -> bool:
-    """vLLM knows LoRA for decoders only, and needs a base that has a head."""
-    from rmsearch.models.contract import HEAD_NAMES, tensor_names
-
-    names = tensor_names(reward.folder)
-    return reward.contract.pooling == "last" and any(f"{head}.weight" in names for head in HEAD_NAMES)
-
-
-def _merged(reward: Reward, adapter: Path) -> Path:
-    from rmsearch.engines.transformers import load_classifier
-
-    def merge() -> Any:
-        options = {"dtype": reward.contract.dtype, "device": "cpu"}
-        return load_classifier(reward.folder, reward.tokenizer, reward.contract, lora=adapter, **options)
-
-    return merged_folder(reward.folder, adapter, reward.tokenizer, merge)
+    backend = scoring_engine(path, contract, dtype=options.dtype, adapter=lora, arguments=arguments)
+    return PairScorer(backend, reward.renderer, contract)
 
 
 def is_local(name: str) -> bool:
@@ -128,17 +124,13 @@ def is_local(name: str) -> bool:
 
 
 def _connect(options: EngineOptions) -> Server:
-    from rmsearch.engines.http import Server
-
     assert options.base_url is not None, "pick_engine asks for one"
     settings = {name: value for name, value in options.extra.items() if name in ("timeout_s", "attempts")}
     return Server(options.base_url, concurrency=options.concurrency, **settings)
 
 
 def _connect_to_model(options: EngineOptions, model: str | None, max_length: int | None) -> tuple[Server, str | None]:
-    """The server and its name for the model; see `rmsearch.engines.http.served_model`."""
-    from rmsearch.engines.http import served_model
-
+    """The server and its name for the model; see `rmsearch.engines.server.served_model`."""
     server = _connect(options)
     try:
         return server, served_model(server, model, max_length)
@@ -156,8 +148,6 @@ def http_scorer(
     texts cut to its length. Any other name is the server's own, and gets texts; without one the server's only model is
     meant.
     """
-    from rmsearch.engines.http import HTTPScoring, TextRenderer
-
     extra = options.extra_of(SERVER_OPTIONS | {"route"})
     model, route = extra.get("model"), extra.get("route", "auto")
     if route not in ("auto", "classify", "score", "rerank"):
@@ -168,74 +158,57 @@ def http_scorer(
             f"the model {name!r} is no folder here, so a template, an adapter or token ids cannot be applied to it",
             remedy="Give the model's folder or s3:// URI, and the server's name for it as model=…",
         )
-    route = _route(route, reward)
     if reward is None:
         server, served = _connect_to_model(options, model or name or None, None)
-    else:
-        server, served = _connect_to_model(options, model, reward.contract.max_length)
-    prefix_cache = reward is not None and reward.contract.pooling == "last"
-    backend = HTTPScoring(server, served, route, prefix_cache=prefix_cache, fallback=reward is None)
-    if reward is not None and route == "classify":
-        return PairScorer(backend, reward.renderer, reward.contract)
-    renderer = None if reward is None else reward.renderer
-    return PairScorer(backend, TextRenderer(renderer), None if reward is None else reward.contract)
+        backend = HTTPScoring(server, served, "score" if route == "auto" else route, prefix_cache=False, fallback=True)
+        return PairScorer(backend, TextRenderer(None), None)
+    route, contract = _route(route, reward), reward.contract
+    server, served = _connect_to_model(options, model, contract.max_length)
+    backend = HTTPScoring(server, served, route, prefix_cache=contract.pooling == "last", fallback=False)
+    return PairScorer(backend, reward.renderer if route == "classify" else TextRenderer(reward.renderer), contract)
 
 
-def _route(route: str, reward: Reward | None) -> Any:
+def _route(route: str, reward: RewardFolder) -> Any:
     """The route to take; ConfigError for one that would give other scores than the model's own."""
-    if reward is None:
-        return "score" if route == "auto" else route
-    if reward.contract.token_types == "segment":
-        if route == "classify":
-            raise ConfigError(
-                f"{reward.name} needs token types, which ids sent to /classify lack",
-                remedy="Leave route away, or use route='score'",
-            )
-        return "score" if route == "auto" else route
-    if route in ("score", "rerank") and reward.contract.template.name != "encoder":
-        raise ConfigError(
-            f"/{route} joins texts without the template {reward.contract.template.name!r}",
-            remedy="Leave route away: token ids go to /classify",
-        )
-    return "classify" if route == "auto" else route
+    segment, template = reward.contract.token_types == "segment", reward.contract.template.name
+    if route == "auto":
+        return "score" if segment else "classify"
+    if segment and route == "classify":
+        problem = f"{reward.folder.where} needs token types, which ids sent to /classify lack"
+        raise ConfigError(problem, remedy="Leave route away, or use route='score'")
+    if not segment and route != "classify" and template != "encoder":
+        problem = f"/{route} joins texts without the template {template!r}"
+        raise ConfigError(problem, remedy="Leave route away: token ids go to /classify")
+    return route
 
 
-def local_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def local_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder with transformers or vLLM on this machine."""
-    from rmsearch.engines.transformers import TransformersBackend, load_encoder, load_tokenizer, require_torch
-
     require_torch()
-    folder = open_model(name)
-    spec = resolve_embedding(folder, name, **wishes)
-    tokenizer = load_tokenizer(folder)
-    inputs = TokenInputs(tokenizer, spec.max_length)
+    folder = ModelFolder.open(name)
+    spec = resolve_embedding(folder, **given)
+    inputs = TokenInputs(folder.tokenizer, spec.max_length)
     if options.engine == "vllm":
-        from rmsearch.engines.vllm import embedding_engine
-
-        stored, arguments = model_facts(folder).dtype, options.vllm_arguments()
-        backend = embedding_engine(folder, spec, dtype=options.dtype, stored=stored, arguments=arguments)
+        stored, arguments = folder.facts.dtype, options.vllm_arguments()
+        backend = embedding_engine(folder.path, spec, dtype=options.dtype, stored=stored, arguments=arguments)
         return TextEmbedder(backend, inputs, spec)
-    model = load_encoder(folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    model = load_plain("AutoModel", folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
+    pad = folder.tokenizer.pad_token_id if folder.tokenizer.pad_token_id is not None else 0
     read_out, tokens = pooled(spec.pooling), options.batch_tokens
     return TextEmbedder(TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=tokens), inputs, spec)
 
 
-def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> TextEmbedder:
+def http_embedder(name: str, options: EngineOptions, given: dict[str, Any]) -> TextEmbedder:
     """An embedder behind /v1/embeddings: ids for a model whose folder is here too, else texts."""
-    from rmsearch.engines.embedding import prefixes
-    from rmsearch.engines.http import HTTPEmbedding
-    from rmsearch.engines.transformers import load_tokenizer
-
     model = options.extra_of(SERVER_OPTIONS).get("model")
     inputs: TokenInputs | TextInputs
     if is_local(name):
-        folder = open_model(name)
-        spec = resolve_embedding(folder, name, **wishes)
-        inputs = TokenInputs(load_tokenizer(folder), spec.max_length)
+        folder = ModelFolder.open(name)
+        spec = resolve_embedding(folder, **given)
+        inputs = TokenInputs(folder.tokenizer, spec.max_length)
     else:
-        query, key = prefixes(name, wishes["query_instruction"], wishes["key_instruction"])
-        spec = EmbeddingSpec(wishes["pooling"] or "mean", wishes["max_length"] or 0, query, key)
+        query, key = prefixes(name, given["query_instruction"], given["key_instruction"])
+        spec = EmbeddingSpec(given["pooling"] or "mean", given["max_length"] or 0, query, key)
         inputs, model = TextInputs(), model or name
     server, served = _connect_to_model(options, model, None)
     return TextEmbedder(HTTPEmbedding(server, served), inputs, spec)
@@ -243,25 +216,22 @@ def http_embedder(name: str, options: EngineOptions, wishes: dict[str, Any]) -> 
 
 def local_generator(name: str, options: EngineOptions, max_length: int | None) -> TextGenerator:
     """A generator with transformers or vLLM on this machine."""
-    from rmsearch.engines.generation import TextGenerator, TransformersGeneration, VLLMGeneration
-    from rmsearch.engines.transformers import load_causal, load_tokenizer, require_torch
-
     require_torch()
-    folder = open_model(name)
-    tokenizer = load_tokenizer(folder)
+    folder = ModelFolder.open(name)
     if options.engine == "vllm":
-        from rmsearch.engines.vllm import generating_engine
-
-        stored, arguments = model_facts(folder).dtype, options.vllm_arguments()
-        how: dict[str, Any] = {"dtype": options.dtype, "stored": stored, "max_length": max_length}
-        return TextGenerator(VLLMGeneration(generating_engine(folder, arguments=arguments, **how), tokenizer))
-    model = load_causal(folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
-    return TextGenerator(TransformersGeneration(model, tokenizer))
+        engine = generating_engine(
+            folder.path,
+            dtype=options.dtype,
+            stored=folder.facts.dtype,
+            max_length=max_length,
+            arguments=options.vllm_arguments(),
+        )
+        return TextGenerator(VLLMGeneration(engine, folder.tokenizer))
+    model = load_plain("AutoModelForCausalLM", folder, dtype=options.dtype, **options.extra_of(LOCAL_OPTIONS))
+    return TextGenerator(TransformersGeneration(model, folder.tokenizer))
 
 
 def http_generator(name: str, options: EngineOptions) -> TextGenerator:
     """A generator behind /v1/chat/completions."""
-    from rmsearch.engines.generation import HTTPGeneration, TextGenerator
-
     model = options.extra_of(SERVER_OPTIONS).get("model") or name
     return TextGenerator(HTTPGeneration(_connect(options), model))

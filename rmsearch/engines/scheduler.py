@@ -1,7 +1,7 @@
 """The scheduler in front of every backend: no pair scored twice, packed batches, bounded in flight, streamed results.
 
-Texts are interned and tokenised once; pairs are numbers until their batch is sent. Work proceeds in windows of
-``WINDOW`` pairs, so memory stays bounded however many pairs come.
+Texts are looked up and tokenised once per window; pairs are numbers until their batch is sent. Work proceeds in windows
+of ``WINDOW`` pairs, so memory stays bounded however many pairs come.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
 from rmsearch.engines.dispatch import Backend, Dispatcher, Job, split_batches
-from rmsearch.engines.pairs import Memory, Texts, Window
+from rmsearch.engines.pairs import Memory, NumberedPairs, UniquePairs, Window, windows
 from rmsearch.models.contract import Contract
-from rmsearch.prompts.renderer import Query, key_text, query_text
+from rmsearch.prompts.renderer import Query
 
 WINDOW = 8192
 
@@ -45,76 +44,64 @@ class PairScorer(Dispatcher):
 
     async def score(self, pairs: Sequence[tuple[Query, str]]) -> np.ndarray:
         """float32[len(pairs)] rewards, in order; equal pairs are scored once. ConfigError: a pair is no text."""
-        texts = Texts(pairs)
-        self.stats.pairs += len(texts.inverse)
-        return (await self._score_unique(texts.queries, texts.keys, texts.pairs))[texts.inverse]
-
-    async def score_grid(self, queries: Sequence[Query], keys: Sequence[str]) -> np.ndarray:
-        """float32[len(queries), len(keys)] rewards; equal queries and equal keys are scored once."""
-        rows: dict[str, int] = {}
-        columns: dict[str, int] = {}
-        row = [rows.setdefault(query_text(query, f"queries[{i}]"), len(rows)) for i, query in enumerate(queries)]
-        column = [columns.setdefault(key_text(key, f"keys[{i}]"), len(columns)) for i, key in enumerate(keys)]
-        self.stats.pairs += len(row) * len(column)
-        pairs = np.indices((len(rows), len(columns))).reshape(2, -1).T
-        unique = await self._score_unique(list(rows), list(columns), pairs)
-        grid = unique.reshape(len(rows), len(columns))
-        return grid[np.ix_(np.array(row, dtype=np.int64), np.array(column, dtype=np.int64))]
+        asked = UniquePairs.of(pairs)
+        self.stats.pairs += len(asked.inverse) - len(asked.pairs)  # the unique ones count as they are streamed
+        order = self._adjacent(asked.pairs)
+        unique = NumberedPairs(asked.queries, asked.keys, asked.pairs[order], distinct=True)
+        rewards = np.empty(len(unique), dtype=np.float32)
+        async with aclosing(self.stream(unique)) as results:
+            async for positions, values in results:
+                rewards[order[positions]] = values
+        return rewards[asked.inverse]
 
     async def stream(self, pairs: Iterable[tuple[Query, str]]) -> AsyncGenerator[tuple[np.ndarray, np.ndarray], None]:
         """(positions int64[n], rewards float32[n]) as batches finish, in any order, every position once.
 
-        ``pairs`` may be endless: it is read (in a thread) as results are taken. A pair is scored once per
-        ``REMEMBERED`` other pairs. Leave early with ``contextlib.aclosing`` to stop the work at once.
+        ``pairs``: texts, or `NumberedPairs`, whose texts are looked up once per window. They may be endless: they are
+        read (in a thread) as results are taken. A pair is scored once per ``REMEMBERED`` other pairs. Leave early with
+        ``contextlib.aclosing`` to stop the work at once.
         """
-        async with aclosing(self.run(self._stream_jobs(pairs))) as results:
+        async with aclosing(self.run(self._jobs(pairs))) as results:
             async for job, rewards in results:
                 assert job.window is not None
                 yield job.window.result(job.index, rewards)
 
-    async def _score_unique(self, queries: list[str], keys: list[str], pairs: np.ndarray) -> np.ndarray:
-        rewards = np.empty(len(pairs), dtype=np.float32)
-        async with aclosing(self.run(self._jobs(queries, keys, pairs))) as results:
-            async for job, values in results:
-                rewards[job.index] = values
-        return rewards
-
-    async def _jobs(self, queries: Sequence[str], keys: Sequence[str], pairs: np.ndarray) -> AsyncGenerator[Job, None]:
-        """The batches of unique pairs (int64[n, 2]), window by window."""
-        limits = self.backend.limits
-        arranged = self._adjacent(pairs) if limits.prefix_cache else np.arange(len(pairs))
-        for start in range(0, len(pairs), WINDOW):
-            index = arranged[start : start + WINDOW]
-            used_queries, query = np.unique(pairs[index, 0], return_inverse=True)
-            used_keys, key = np.unique(pairs[index, 1], return_inverse=True)
-            texts = [queries[i] for i in used_queries], [keys[i] for i in used_keys]
-            prepared = await asyncio.to_thread(self.renderer.prepare, *texts)
-            local = np.stack([query.reshape(-1), key.reshape(-1)], axis=1)
-            lengths = prepared.lengths(local)
-            order = np.argsort(-lengths, kind="stable") if limits.padded else np.arange(len(local))
-            for part in split_batches(lengths[order], limits):
-                chosen = order[part]
-                yield Job(index[chosen], prepared.render(local[chosen].tolist()))
-
-    def _adjacent(self, pairs: np.ndarray) -> np.ndarray:
-        """The order in which pairs with the same first text follow each other."""
-        key_first = self.contract is not None and self.contract.order == "key_first"
-        return np.argsort(pairs[:, 1 if key_first else 0], kind="stable")
-
-    async def _stream_jobs(self, pairs: Iterable[tuple[Query, str]]) -> AsyncGenerator[Job, None]:
-        source, offset, memory = iter(pairs), 0, Memory()
-        while True:
-            texts = await asyncio.to_thread(lambda at: Texts(islice(source, WINDOW), at), offset)
-            if not len(texts.inverse):
-                return
-            self.stats.pairs += len(texts.inverse)
-            window = Window(texts, offset)
-            offset += len(texts.inverse)
-            fresh, again = memory.sort(window)
-            async with aclosing(self._jobs(texts.queries, texts.keys, texts.pairs[fresh])) as jobs:
-                async for job in jobs:
-                    yield Job(fresh[job.index], job.batch, window)
+    async def _jobs(self, pairs: Iterable[tuple[Query, str]]) -> AsyncGenerator[Job, None]:
+        memory = None if isinstance(pairs, NumberedPairs) and pairs.distinct else Memory()
+        source, offset = windows(pairs, WINDOW), 0
+        while (unique := await asyncio.to_thread(next, source, None)) is not None:
+            self.stats.pairs += len(unique.inverse)
+            window = Window(unique, offset)
+            offset += len(unique.inverse)
+            fresh, again = (np.arange(len(unique.pairs)), []) if memory is None else memory.sort(unique, window)
+            window.expect(len(fresh))
+            async with aclosing(self._batches(unique, fresh)) as batches:
+                async for index, batch in batches:
+                    yield Job(index, batch, window)
             if again:
                 yield Job(
                     np.array([item for item, *_ in again]), (), window, [(earlier, its) for _, earlier, its in again]
                 )
+
+    async def _batches(
+        self, unique: UniquePairs, items: np.ndarray
+    ) -> AsyncGenerator[tuple[np.ndarray, Sequence[Any]], None]:
+        """The unique pairs ``items`` (int64[n]) as batches: which they are, and their model inputs."""
+        if not len(items):
+            return
+        limits = self.backend.limits
+        items = items[self._adjacent(unique.pairs[items])]
+        pairs = unique.pairs[items]
+        prepared = await asyncio.to_thread(self.renderer.prepare, unique.queries, unique.keys)
+        lengths = prepared.lengths(pairs)
+        order = np.argsort(-lengths, kind="stable") if limits.padded else np.arange(len(pairs))
+        for part in split_batches(lengths[order], limits):
+            chosen = order[part]
+            yield items[chosen], prepared.render(pairs[chosen].tolist())
+
+    def _adjacent(self, pairs: np.ndarray) -> np.ndarray:
+        """The order in which pairs with the same first text follow each other, where the backend gains by it."""
+        if not self.backend.limits.prefix_cache:
+            return np.arange(len(pairs))
+        key_first = self.contract is not None and self.contract.order == "key_first"
+        return np.argsort(pairs[:, 1 if key_first else 0], kind="stable")

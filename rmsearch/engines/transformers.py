@@ -1,31 +1,33 @@
-"""The transformers backend: scores and embeds on CPU or one GPU, in a thread of its own."""
+"""The transformers backend: scores, embeds and generates on CPU or one GPU, in a thread of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from rmsearch.cores import spare_cores
 from rmsearch.engines.dispatch import Limits
+from rmsearch.engines.generation import Generation, Wish, prompt_ids
+from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError
-from rmsearch.models.contract import Contract, model_facts, tensor_names
+from rmsearch.models.contract import Contract
+from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import foreign_head, merge_adapter
 from rmsearch.prompts.renderer import Rendered
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
 # Per batch. On a CPU the activations of a small batch stay in its caches: 1024 ran 1.5 times as fast as 4096 (MiniLM).
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 
 
 def require_torch() -> None:
-    """MissingExtraError when torch or transformers is not installed."""
+    """Import torch and transformers, with threads that sleep while they wait; MissingExtraError without them."""
+    spare_cores()
     for package in ("torch", "transformers"):
         try:
             __import__(package)
@@ -52,16 +54,6 @@ def pick_dtype(dtype: str, device: str, stored: str) -> Any:
     return names[dtype]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The model folder's tokenizer; ModelError when it does not load."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer does not load: {_first_line(error)}", where=str(folder)) from None
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load reports: what matters in them is checked and raised here."""
@@ -78,10 +70,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
     """(the model, names of the weights that are missing and so random) of a transformers class; ModelError when the
     folder does not load."""
@@ -89,63 +77,45 @@ def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]
         with quiet():
             model, info = kind.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"does not load: {_first_line(error)}", where=str(folder), remedy="Check the folder") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"does not load: {reason}", where=str(folder), remedy="Check the folder") from None
     return model, set(info["missing_keys"])
 
 
 def load_classifier(
-    folder: Path,
-    tokenizer: Any,
+    folder: ModelFolder,
     contract: Contract,
     *,
     dtype: str = "auto",
     device: str | None = None,
-    lora: Any = None,
+    adapter: ModelFolder | None = None,
 ) -> Any:
-    """The sequence classifier in ``folder`` with one label, its adapter merged, in eval mode on the device.
+    """The sequence classifier in ``folder`` with one label, the adapter merged, in eval mode on the device.
 
     ModelError when weights are missing, the head above all: a randomly initialised head is never served.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     where = pick_device(device)
-    head = None if lora is not None and _has_head(lora) else foreign_head(folder, tokenizer)
-    config = AutoConfig.from_pretrained(str(folder), num_labels=1)
+    trained = frozenset() if adapter is None else adapter.tensors
+    has_head = any(name.endswith(("score.weight", "classifier.weight")) for name in trained)
+    head = None if has_head else foreign_head(folder)
+    config = AutoConfig.from_pretrained(str(folder.path), num_labels=1)
     chosen = pick_dtype(dtype, where, contract.dtype)
-    model, missing = load_weights(AutoModelForSequenceClassification, folder, config=config, dtype=chosen)
+    model, missing = load_weights(AutoModelForSequenceClassification, folder.path, config=config, dtype=chosen)
     if head is not None:
         model.score.weight.data.copy_(head)
         missing.discard("score.weight")
-    if lora is not None:
-        trained = {name.removeprefix("base_model.model.") for name in tensor_names(lora)}
-        model = merge_adapter(model, lora)
-        missing -= trained
+    if adapter is not None:
+        model = merge_adapter(model, adapter.path)
+        missing -= {name.removeprefix("base_model.model.") for name in trained}
     if missing:
         raise ModelError(
             f"these weights are missing and would be random: {', '.join(sorted(missing)[:4])}",
-            where=str(folder),
+            where=str(folder.path),
             remedy="Train a head first (`rmsearch train lora`), or give a model that has one",
         )
     return model.eval().to(where, chosen)  # PEFT puts a trained head in as float32
-
-
-def _has_head(adapter: Path) -> bool:
-    return any(name.endswith(("score.weight", "classifier.weight")) for name in tensor_names(adapter))
-
-
-class ModelThread:
-    """One thread that runs the model, so that the event loop stays alive and batches never overlap."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rmsearch-model")
-
-    async def __call__(self, work: Callable[[Given], Result], batch: Given) -> Result:
-        """Runs ``work(batch)``. A cancelled batch that has begun ends unseen."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, batch)
-
-    def close(self) -> None:
-        """Drops the batches that wait, ends after the one that runs."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class TransformersBackend:
@@ -163,11 +133,11 @@ class TransformersBackend:
         self._device = next(model.parameters()).device
         tokens = batch_tokens or (CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS)
         self.limits = Limits(batch_tokens=tokens, batch_size=256, in_flight=2, padded=True, prefix_cache=False)
-        self._thread = ModelThread()
+        self._thread = LoopThread("rmsearch-model")
 
     async def forward(self, batch: list[Rendered]) -> np.ndarray:
         """float32[n] or [n, d] for model inputs, in order."""
-        return await self._thread(self._forward, batch)
+        return await self._thread.run(self._forward, batch)
 
     def _forward(self, batch: list[Rendered]) -> np.ndarray:
         import torch
@@ -189,15 +159,11 @@ class TransformersBackend:
                 remedy=f"Lower max_batch_tokens (now {self.limits.batch_tokens})",
             ) from None
 
-    async def close(self) -> None:
-        """Frees the model."""
-        await asyncio.to_thread(self.close_sync)
-
     def close_sync(self) -> None:
         """Frees the model."""
         import torch
 
-        self._thread.close()
+        self._thread.stop()
         self._model = None
         gc.collect()
         if self._device.type == "cuda":
@@ -231,37 +197,102 @@ def decoder_reward(model: Any, inputs: dict[str, Any], lengths: Any) -> Any:
     )[:, 0]
 
 
-def scoring_backend(model: Any, contract: Contract, tokenizer: Any, batch_tokens: int | None) -> TransformersBackend:
+def scoring_backend(
+    model: Any, folder: ModelFolder, contract: Contract, batch_tokens: int | None
+) -> TransformersBackend:
     """The backend of a reward model."""
-    pads = (contract.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pads = (contract.pad_token_id, folder.tokenizer.pad_token_id, folder.tokenizer.eos_token_id, 0)
     pad = next(each for each in pads if each is not None)
     read_out = encoder_reward if contract.pooling == "cls" else decoder_reward
     return TransformersBackend(model, read_out, pad_token_id=pad, batch_tokens=batch_tokens)
 
 
-def load_encoder(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Any:
-    """The bare model in ``folder`` (no head) in eval mode on the device; ModelError when weights are missing."""
-    from transformers import AutoModel
+def load_plain(kind: str, folder: ModelFolder, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """A model without a reward head in eval mode on the device; ModelError when weights are missing.
 
-    return _load_whole(AutoModel, folder, dtype, device, unused="pooler")
+    kind: the class of transformers, "AutoModel" (whose pooler is not used) or "AutoModelForCausalLM".
+    """
+    import transformers
 
-
-def load_causal(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Any:
-    """The language model in ``folder`` in eval mode on the device; ModelError when weights are missing."""
-    from transformers import AutoModelForCausalLM
-
-    return _load_whole(AutoModelForCausalLM, folder, dtype, device, unused=None)
-
-
-def _load_whole(kind: Any, folder: Path, dtype: str, device: str | None, unused: str | None) -> Any:
     where = pick_device(device)
-    chosen = pick_dtype(dtype, where, model_facts(folder).dtype)
-    model, missing = load_weights(kind, folder, dtype=chosen)
-    missing = {name for name in missing if unused is None or unused not in name}
+    chosen = pick_dtype(dtype, where, folder.facts.dtype)
+    model, missing = load_weights(getattr(transformers, kind), folder.path, dtype=chosen)
+    missing = {name for name in missing if kind != "AutoModel" or "pooler" not in name}
     if missing:
         raise ModelError(
             f"these weights are missing: {', '.join(sorted(missing)[:4])}",
-            where=str(folder),
+            where=str(folder.path),
             remedy="Copy the model folder again",
         )
     return model.eval().to(where)
+
+
+class TransformersGeneration:
+    """Generates with transformers, one conversation at a time, without schemas or choices."""
+
+    in_flight = 2
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer, self._thread = model, tokenizer, LoopThread("rmsearch-model")
+
+    async def generate(self, wish: Wish) -> Generation:
+        """The answer to one wish; ConfigError for a form of answer, which this engine can't hold."""
+        if wish.schema is not None or wish.choices is not None:
+            raise ConfigError(
+                "the transformers engine cannot hold answers to a schema or choices",
+                remedy="Use engine='vllm' or a server (base_url=…)",
+            )
+        abandoned = threading.Event()
+        try:
+            return await self._thread.run(self._generate, wish, abandoned)
+        finally:
+            abandoned.set()
+
+    def _generate(self, wish: Wish, abandoned: threading.Event) -> Generation:
+        import torch
+
+        sampling = wish.sampling
+        ids = torch.tensor([prompt_ids(self._tokenizer, wish.messages)], device=self._model.device)
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_tokens}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        if sampling.stop:
+            options |= {"stop_strings": list(sampling.stop), "tokenizer": self._tokenizer}
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                return_dict_in_generate=True,
+                output_logits=sampling.logprobs is not None,
+                stopping_criteria=[lambda *_, **__: abandoned.is_set()],
+                **options,
+            )
+        new = out.sequences[0, ids.shape[1] :].tolist()
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        ended = len(new) < sampling.max_tokens or new[-1] == self._tokenizer.eos_token_id
+        logprobs = None if sampling.logprobs is None else self._top(out.logits, sampling.logprobs)
+        finish = "stop" if ended else "length"
+        return Generation(_before(text, sampling.stop), len(new), finish, logprobs, ids.shape[1])
+
+    def _top(self, logits: Any, count: int) -> tuple[dict[str, float], ...]:
+        import torch
+
+        rows = []
+        for row in logits:
+            values, ids = torch.log_softmax(row[0].float(), -1).topk(count)
+            rows.append({self._tokenizer.decode([i]): v for i, v in zip(ids.tolist(), values.tolist(), strict=True)})
+        return tuple(rows)
+
+    def close_sync(self) -> None:
+        """Frees the model."""
+        self._thread.stop()
+        self._model = None
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string, as vLLM and servers give it."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import itertools
+import math
 import uuid
 from collections.abc import Coroutine
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from rmsearch.engines.dispatch import Limits
+from rmsearch.engines.generation import Generation, Wish, prompt_ids
 from rmsearch.engines.threads import LoopThread
 from rmsearch.engines.vllm_start import prepare, spawning
 from rmsearch.errors import ConfigError, ModelError, RetryableError
 from rmsearch.models.contract import Contract, load_json
-from rmsearch.models.heads import ADAPTER_FILE
+from rmsearch.models.folder import ADAPTER_FILE
 from rmsearch.prompts.renderer import Rendered
 
 CPU_BLOCK = 32  # tokens that share one cache entry; the CPU's default, 128, misses most shared prefixes
@@ -89,10 +91,6 @@ class VLLMEngine:
             return RetryableError("the vLLM engine died", remedy="The cause stands in its log above; start again")
         return error
 
-    async def close(self) -> None:
-        """Ends the engine's processes."""
-        await asyncio.to_thread(self.close_sync)
-
     def close_sync(self) -> None:
         """Ends the engine's processes."""
         llm, self.llm = self.llm, None
@@ -146,13 +144,68 @@ class VLLMPooling:
         extra = {"compressed_token_type_ids": compress_token_type_ids(token_types)}
         return PoolingParams(task=self._task, use_activation=False, extra_kwargs=extra)
 
-    async def close(self) -> None:
+    def close_sync(self) -> None:
         """Ends the engine."""
-        await self._engine.close()
+        self._engine.close_sync()
+
+
+class VLLMGeneration:
+    """Generates with an AsyncLLM."""
+
+    in_flight = 256
+
+    def __init__(self, engine: Any, tokenizer: Any) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+
+    async def generate(self, wish: Wish) -> Generation:
+        """The answer to one wish."""
+        return (await self._engine.gather([self._one(wish)]))[0]
+
+    async def _one(self, wish: Wish) -> Generation:
+        from vllm import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids(self._tokenizer, wish.messages))
+        final = None
+        async for output in self._engine.llm.generate(prompt, _sampling_params(wish), self._engine.request_id()):
+            final = output
+        if final is None or not final.outputs:
+            raise ModelError("vLLM ended a request without an answer", remedy="Start again")
+        best = final.outputs[0]
+        logprobs = None
+        if best.logprobs is not None:
+            logprobs = tuple(
+                # what the form forbids has -inf: it is no alternative, and JSON could not keep it
+                {each.decoded_token or "": each.logprob for each in row.values() if math.isfinite(each.logprob)}
+                for row in best.logprobs
+            )
+        read = len(prompt["prompt_token_ids"])
+        return Generation(best.text, len(best.token_ids), best.finish_reason or "stop", logprobs, read)
 
     def close_sync(self) -> None:
         """Ends the engine."""
         self._engine.close_sync()
+
+
+def _sampling_params(wish: Wish) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    form = None
+    if wish.schema is not None:
+        form = StructuredOutputsParams(json=wish.schema)
+    elif wish.choices is not None:
+        form = StructuredOutputsParams(choice=list(wish.choices))
+    sampling = wish.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        logprobs=sampling.logprobs,
+        structured_outputs=form,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _lora_request(adapter: Path | None) -> Any:

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from rmsearch.cores import free_cores, spare_cores
 from rmsearch.errors import MissingExtraError
 
 OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -43,6 +44,7 @@ def prepare() -> bool:
     """Readies this process for vLLM; returns whether vLLM runs on the CPU. MissingExtraError without vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm")
+    spare_cores()
     hide_broken_packages()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -60,7 +62,7 @@ def spawning(on_cpu: bool) -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     before = main.__spec__
-    wanted = {} if not on_cpu else CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    wanted = {} if not on_cpu else CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(free_cores().number)}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     main.__spec__ = importlib.machinery.ModuleSpec("rmsearch.engines.vllm_start", None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from rmsearch.cli import main
 from rmsearch.flags import DatasetFlags, note_dataset
 from rmsearch.retrieval.bm25 import rank_bm25
 from rmsearch.retrieval.first_stage import write_outputs
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 
 
 class Bm25Config(DatasetFlags):

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from rmsearch.cli import main
 from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
 from rmsearch.retrieval.first_stage import rankings, self_positions, write_outputs
-from rmsearch.retrieval.vectors import ExactSearch, VectorCache, count_vectors, embedded, product, vector_identity
-from rmsearch.stage import Run, main, option, stage, target, tuning
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.datasets.beir import Beir
-    from rmsearch.engines import Embedder
+from rmsearch.retrieval.vectors import TextsToEmbed, nearest, product
+from rmsearch.stage import Run, option, stage, target, tuning
+from rmsearch.storage import uri as storage
 
 
 class EmbedConfig(DatasetFlags, EngineFlags):
@@ -53,55 +47,24 @@ def embed(config: EmbedConfig, run: Run) -> None:
     product(config.similarity_device)  # refuse before the work
     beir = config.load()
     note_dataset(run, beir)
-    ranking = asyncio.run(_rank(config, run, beir))
+    query_ids, key_ids = list(beir.queries), sorted(beir.corpus)
+    folder = config.cache_dir or f"{config.output}.vectors"
+    instructions = {"query_instruction": config.query_instruction, "key_instruction": config.key_instruction}
+    positions, scores = nearest(
+        run,
+        {"model_name": config.model_name, **instructions, **config.engine_arguments()},
+        TextsToEmbed(list(beir.queries.values()), "query", config.query_batch_size, folder),
+        TextsToEmbed([beir.key_text(key) for key in key_ids], "key", config.key_batch_size, folder),
+        config.top_k,
+        own=self_positions(query_ids, key_ids),
+        device=config.similarity_device,
+        normalize=not config.no_normalize,
+    )
+    ranking = rankings(query_ids, key_ids, positions, scores)
     write_outputs(beir, ranking, config.output, config.output_eval, config.run_file, "rmsearch-embed")
     run.counts |= {"queries": len(ranking), "keys": len(beir.corpus)}
-
-
-async def _rank(config: EmbedConfig, run: Run, beir: Beir) -> dict[str, dict[str, float]]:
-    from rmsearch.engines import load_embedder
-
-    embedder = load_embedder(
-        config.model_name,
-        query_instruction=config.query_instruction,
-        key_instruction=config.key_instruction,
-        **config.engine_arguments(),
-    )
-    try:
-        if config.no_normalize:
-            embedder.spec = replace(embedder.spec, normalize=False)
-        identity = vector_identity(embedder, config.model_name, config.base_url, config.dtype)
-        cache = VectorCache(config.cache_dir or f"{config.output}.vectors", identity)
-        found = await _search(config, run, beir, embedder, cache)
-    finally:
-        await embedder.close()
-    count_vectors(run, embedder, cache.found)
     if config.cache_dir is None:
-        cache.discard()
-    return found
-
-
-async def _search(
-    config: EmbedConfig, run: Run, beir: Beir, embedder: Embedder, cache: VectorCache
-) -> dict[str, dict[str, float]]:
-    query_ids, key_ids = list(beir.queries), sorted(beir.corpus)
-    texts = [beir.key_text(key) for key in key_ids]
-    with run.progress(len(query_ids) + len(key_ids), "texts") as shown:
-        parts: list[np.ndarray] = []
-        async for _, vectors in embedded(
-            embedder, list(beir.queries.values()), "query", config.query_batch_size, cache
-        ):
-            parts.append(vectors)
-            shown.advance(len(vectors))
-        import numpy as np
-
-        own = self_positions(query_ids, key_ids)
-        k = min(config.top_k, len(key_ids))
-        search = ExactSearch(np.concatenate(parts), k, own, config.similarity_device)
-        async for first, vectors in embedded(embedder, texts, "key", config.key_batch_size, cache):
-            await asyncio.to_thread(search.add, first, vectors)
-            shown.advance(len(vectors))
-    return rankings(query_ids, key_ids, *search.result())
+        storage.remove(folder)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from rmsearch.cli import main
 from rmsearch.datasets.beir import read_qrels, split_qrels
 from rmsearch.errors import ConfigError
 from rmsearch.metrics.measures import PRIMARY, Qrels
 from rmsearch.metrics.table import show_table
 from rmsearch.retrieval.compared_runs import RunFlags, evaluated, load_runs
-from rmsearch.stage import Run, main, stage, target
+from rmsearch.stage import Run, stage, target
 from rmsearch.storage.records import read_json, write_json
 
 
@@ -27,7 +28,7 @@ class NdcgConfig(RunFlags):
 def ndcg(config: NdcgConfig, run: Run) -> None:
     """Score runs with nDCG, MAP, MRR, recall and precision, with significance tests.
 
-    Measures come from trec_eval's own code (ir-measures). A query that a run lacks counts as 0. Each run is compared
+    Measures come from trec_eval's own code (pytrec_eval). A query that a run lacks counts as 0. Each run is compared
     with the baseline by Fisher's paired randomisation test and a paired t-test, two-sided; with several runs the
     p-values are Holm-adjusted. Intervals are 95 % bootstrap intervals over queries.
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import model_validator
 
+from rmsearch import engines
+from rmsearch.cli import main
+from rmsearch.datasets.records import Candidates
+from rmsearch.engines import Scorer
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, EngineFlags, note_dataset
-from rmsearch.retrieval.candidates import Pairs, load_pairs
+from rmsearch.retrieval.candidates import FirstStage, read_first_stage
 from rmsearch.retrieval.fusion import Fit, fit_weight, fuse
 from rmsearch.retrieval.runs import ordered, short, write_run
-from rmsearch.scoring.latency import measure_latency
-from rmsearch.scoring.timed import count_scores, scores_in_time
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.scoring.journaled import BlockEntries, count_scores, score_journaled
+from rmsearch.stage import Run, ignored, model, option, source, stage, target, tuning
+from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.engines import Scorer
-    from rmsearch.storage.journal import Journal
 
 
 class RerankConfig(DatasetFlags, EngineFlags):
@@ -79,60 +78,59 @@ def rerank(config: RerankConfig, run: Run) -> None:
     --fuse adds a run that mixes both stages, normalised per query; its share is given by --fuse-weight or fitted by
     nDCG@10 on another split (--fuse-fit, --fuse-fit-split).
     """
-    pairs = load_pairs(config.embed_output, config.load())
-    note_dataset(run, pairs.beir)
-    fit_pairs = _fit_pairs(config, pairs)
-    if pairs.missing:
-        run.say("warning", problem=f"{pairs.missing} queries of the split have no candidates; ndcg counts them as 0")
-    scores, fit_scores = asyncio.run(_score(config, run, pairs, fit_pairs))
-    run.counts |= {"queries": len(pairs.candidates), "pairs": len(pairs)}
-    for name, count in (("queries_of_other_splits", pairs.skipped), ("queries_without_candidates", pairs.missing)):
+    first = read_first_stage(config.embed_output, config.load())
+    note_dataset(run, first.beir)
+    fit_stage = _fit_stage(config, first)
+    if first.missing:
+        run.say("warning", problem=f"{first.missing} queries of the split have no candidates; ndcg counts them as 0")
+    scores, fit_scores = asyncio.run(_score(config, run, first, fit_stage))
+    run.counts |= {"queries": len(first.candidates), "pairs": len(first.pairs)}
+    for name, count in (("queries_of_other_splits", first.skipped), ("queries_without_candidates", first.missing)):
         if count:
             run.counts[name] = count
     if config.fuse != "none" and config.output_fused:
         weight = config.fuse_weight
-        if fit_pairs is not None and fit_scores is not None:
-            fit = _fit(config, fit_pairs, fit_scores)
+        if fit_stage is not None and fit_scores is not None:
+            fit = _fit(config, fit_stage, fit_scores)
             weight = fit.weight
             run.counts |= {"fuse_weight": fit.weight}
             run.note(fusion_fit={"split": config.fuse_fit_split, "ndcg@10": fit.ndcg, "curve": fit.curve})
         assert weight is not None
         run.note(fusion={"method": config.fuse, "weight": weight})
-        write_run(config.output_fused, _fused(config, pairs, scores, weight), "rmsearch-fused")
-    write_run(config.output_eval, _ranked(config, pairs, scores), "rmsearch-rerank")
+        write_run(config.output_fused, _fused(config, first, scores, weight), "rmsearch-fused")
+    write_run(config.output_eval, _ranked(config, first, scores), "rmsearch-rerank")
     if config.run_file:
-        write_run(config.run_file, _ranked(config, pairs, scores), "rmsearch-rerank")
+        write_run(config.run_file, _ranked(config, first, scores), "rmsearch-rerank")
     if config.output:
-        write_records(config.output, _records(config, pairs, scores))
+        write_records(config.output, _records(config, first, scores))
 
 
-def _fit_pairs(config: RerankConfig, pairs: Pairs) -> Pairs | None:
+def _fit_stage(config: RerankConfig, first: FirstStage) -> FirstStage | None:
     """The candidates of the split on which the fusion is fitted; no query may be in both."""
     if config.fuse_fit is None:
         return None
-    found = load_pairs(config.fuse_fit, config.load(config.fuse_fit_split))
-    if both := found.beir.queries.keys() & pairs.beir.queries.keys():
+    found = read_first_stage(config.fuse_fit, config.load(config.fuse_fit_split))
+    if both := found.beir.queries.keys() & first.beir.queries.keys():
         problem = f"{len(both)} queries are in the evaluated split too, so the share would be fitted on the answers"
         raise ConfigError(problem, where=config.fuse_fit, remedy="Fit on a split of other queries")
     return found
 
 
 async def _score(
-    config: RerankConfig, run: Run, pairs: Pairs, fit_pairs: Pairs | None
+    config: RerankConfig, run: Run, first: FirstStage, fit_stage: FirstStage | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    from rmsearch.engines import load_scorer
-
-    scorer = load_scorer(config.model_name, template=config.template, lora=config.lora, **config.engine_arguments())
+    arguments = config.engine_arguments()
+    scorer = engines.load_scorer(config.model_name, template=config.template, lora=config.lora, **arguments)
     try:
         with run.journal() as journal:
-            scores = await _score_pairs(config, run, scorer, pairs, journal)
+            scores = await _rewards(config, run, scorer, first, journal)
         count_scores(run, scorer)
         fit_scores = None
-        if fit_pairs is not None:
+        if fit_stage is not None:
             with run.journal("fit") as journal:
-                fit_scores = await _score_pairs(config, run, scorer, fit_pairs, journal)
+                fit_scores = await _rewards(config, run, scorer, fit_stage, journal)
         if config.latency_queries:
-            timed = await measure_latency(scorer, pairs, config.latency_queries)
+            timed = await measure_latency(scorer, first, config.latency_queries)
             run.note(latency=timed)
             run.counts |= {"latency_p50_ms": timed["p50_ms"], "latency_p95_ms": timed["p95_ms"]}
     finally:
@@ -140,91 +138,74 @@ async def _score(
     return scores, fit_scores
 
 
-async def _score_pairs(config: RerankConfig, run: Run, scorer: Scorer, pairs: Pairs, journal: Journal) -> np.ndarray:
-    """float32[pairs] rewards: those of the journal, and the rest from the model, journaled as they come."""
-    import numpy as np
-
-    scores, saved = _resumed(pairs, journal)
-    left = np.flatnonzero(np.isnan(scores))
-    if scorer.contract is not None and scorer.contract.order == "key_first":
-        left = pairs.by_key(left)
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    with run.progress(len(left), "pairs") as shown:
-        stream = scores_in_time(scorer, pairs.texts(left), config.timeout, config.model_name)
-        async with aclosing(stream) as results:
-            async for positions, rewards in results:
-                scores[left[positions]] = rewards
-                waiting.append((left[positions], rewards))
-                if sum(len(part) for part, _ in waiting) >= config.request_batch_size:
-                    saved = _save(journal, saved, waiting)
-                shown.advance(len(positions))
-        _save(journal, saved, waiting)
-    return scores
+async def _rewards(config: RerankConfig, run: Run, scorer: Scorer, stage: FirstStage, journal: Journal) -> np.ndarray:
+    """float32[pairs]: those of the journal, and the rest from the model, journaled as they come."""
+    rewards = np.empty(len(stage.pairs), np.float32)
+    entries = BlockEntries(journal, config.request_batch_size)
+    limits: dict[str, Any] = {"timeout": config.timeout, "where": config.model_name}
+    with run.progress(len(stage.pairs), "pairs") as shown:
+        await score_journaled(lambda: scorer, stage.pairs, entries, rewards.__setitem__, shown=shown, **limits)
+    return rewards
 
 
-def _resumed(pairs: Pairs, journal: Journal) -> tuple[np.ndarray, int]:
-    """Scores from the journal (NaN where there are none), and how many entries it has."""
-    import numpy as np
+async def measure_latency(scorer: Scorer, stage: FirstStage, queries: int) -> dict[str, float]:
+    """Score the candidates of the first ``queries`` queries, one query at a time, after one untimed query.
 
-    scores, saved = np.full(len(pairs), np.nan, dtype=np.float32), 0
-    while (entry := journal.get(str(saved))) is not None:
-        scores[np.asarray(entry[0], dtype=np.int64)] = entry[1]
-        saved += 1
-    return scores, saved
-
-
-def _save(journal: Journal, saved: int, waiting: list[tuple[np.ndarray, np.ndarray]]) -> int:
-    """Journal the waiting scores as one numbered entry; returns the next number."""
-    if not waiting:
-        return saved
-    positions = [position for part, _ in waiting for position in part.tolist()]
-    rewards = [short(reward) for _, part in waiting for reward in part.tolist()]
-    journal.put(str(saved), [positions, rewards])
-    waiting.clear()
-    return saved + 1
+    Returns the number of queries, their mean number of pairs, and p50, p95 and the mean in milliseconds per query.
+    """
+    seconds, counts = [], []
+    for q in [0, *range(min(queries, len(stage.candidates)))]:
+        texts = list(stage.pairs.texts(np.arange(stage.offsets[q], stage.offsets[q + 1])))
+        started = time.perf_counter()
+        await scorer.score(texts)
+        seconds.append(time.perf_counter() - started)
+        counts.append(len(texts))
+    taken = np.array(seconds[1:]) * 1000
+    p50, p95 = np.percentile(taken, [50, 95])
+    facts = {"p50_ms": p50, "p95_ms": p95, "mean_ms": taken.mean(), "pairs_per_query": np.mean(counts[1:])}
+    return {"queries": len(taken), **{name: round(float(value), 2) for name, value in facts.items()}}
 
 
-def _ranked(config: RerankConfig, pairs: Pairs, scores: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:
-    for q, found in enumerate(pairs.candidates):
-        rewards = {key: short(reward) for key, reward in pairs.scores_of(q, scores).items()}
-        yield found.query_id, _trimmed(ordered(rewards), config.top_k)
+Scores = Iterator[tuple[str, dict[str, float]]]
 
 
-def _fused(
-    config: RerankConfig, pairs: Pairs, scores: np.ndarray, weight: float
-) -> Iterator[tuple[str, dict[str, float]]]:
-    for q, found in enumerate(pairs.candidates):
+def _ranked(config: RerankConfig, first: FirstStage, scores: np.ndarray) -> Scores:
+    for q, each in enumerate(first.candidates):
+        rewards = {key: short(reward) for key, reward in first.scores_of(q, scores).items()}
+        yield each.query_id, _trimmed(ordered(rewards), config.top_k)
+
+
+def _fused(config: RerankConfig, first: FirstStage, scores: np.ndarray, weight: float) -> Scores:
+    for q, each in enumerate(first.candidates):
         assert config.fuse != "none"
-        mixed = fuse(_first(pairs, q), pairs.scores_of(q, scores), weight, config.fuse)
-        yield found.query_id, _trimmed(mixed, config.top_k)
+        mixed = fuse(_first_scores(each), first.scores_of(q, scores), weight, config.fuse)
+        yield each.query_id, _trimmed(mixed, config.top_k)
 
 
-def _first(pairs: Pairs, q: int) -> dict[str, float]:
-    found = pairs.candidates[q]
-    return dict(zip(found.key_ids, found.embed_relevances, strict=True))
+def _first_scores(candidates: Candidates) -> dict[str, float]:
+    return dict(zip(candidates.key_ids, candidates.embed_relevances, strict=True))
 
 
-def _fit(config: RerankConfig, pairs: Pairs, scores: np.ndarray) -> Fit:
+def _fit(config: RerankConfig, stage: FirstStage, scores: np.ndarray) -> Fit:
     assert config.fuse != "none"
-    first = {found.query_id: _first(pairs, q) for q, found in enumerate(pairs.candidates)}
-    second = {found.query_id: pairs.scores_of(q, scores) for q, found in enumerate(pairs.candidates)}
-    return fit_weight(pairs.beir.qrels, first, second, config.fuse)
+    first = {each.query_id: _first_scores(each) for each in stage.candidates}
+    second = {each.query_id: stage.scores_of(q, scores) for q, each in enumerate(stage.candidates)}
+    return fit_weight(stage.beir.qrels, first, second, config.fuse)
 
 
 def _trimmed(scores: dict[str, float], top_k: int | None) -> dict[str, float]:
     return scores if top_k is None else dict(list(scores.items())[:top_k])
 
 
-def _records(config: RerankConfig, pairs: Pairs, scores: np.ndarray) -> Iterator[dict[str, Any]]:
-    ranked = _ranked(config, pairs, scores)
-    for found, (query, rewards) in zip(pairs.candidates, ranked, strict=True):
+def _records(config: RerankConfig, first: FirstStage, scores: np.ndarray) -> Iterator[dict[str, Any]]:
+    for each, (query, rewards) in zip(first.candidates, _ranked(config, first, scores), strict=True):
         yield {
             "query_id": query,
-            "pre_key_ids": found.key_ids,
+            "pre_key_ids": each.key_ids,
             "key_ids": list(rewards),
-            "embed_relevances": found.embed_relevances,
+            "embed_relevances": each.embed_relevances,
             "rerank_relevances": list(rewards.values()),
-            "positive_key_ids": pairs.beir.relevant(query),
+            "positive_key_ids": first.beir.relevant(query),
         }
 
 

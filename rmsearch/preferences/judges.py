@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from rmsearch import engines
+from rmsearch.datasets.beir import read_qrels, split_qrels
 from rmsearch.errors import ConfigError
+from rmsearch.llm.asking import Question, ask
+from rmsearch.llm.budget import Fitting
+from rmsearch.llm.instructions import instruction
 from rmsearch.preferences.verdicts import CHOICES, Opinion, Verdict, combined, from_grades, from_rewards, opinion
+from rmsearch.scoring.journaled import window_scorer
 from rmsearch.stage import Run
 
 if TYPE_CHECKING:
-    from rmsearch.engines import Scorer
     from rmsearch.preferences.judge_flags import JudgeFlags
-    from rmsearch.storage.journal import Journal
 
 CHOICE_TOKENS = 8  # room that is left for an answer held to CHOICES
 WINDOW = 4096  # comparisons whose rewards are fetched at a time
@@ -78,16 +80,10 @@ def decided_by(config: JudgeFlags) -> str:
     name = config.model_name.rstrip("/").rpartition("/")[2]
     if config.judge == "reward":
         return f"reward of {name}"
-    from rmsearch.llm.instructions import instruction
-
     return f"{instruction('judge').tag} by {name}"
 
 
 def _by_llm(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], total: int) -> Iterator[Judged]:
-    from rmsearch.llm.asking import Question, ask
-    from rmsearch.llm.budget import Fitting
-    from rmsearch.llm.instructions import instruction
-
     spec = instruction("judge")
     choices: tuple[str, ...] | None = CHOICES if config.constrain else None
     room = config.model_copy(update={"max_tokens": CHOICE_TOKENS}) if config.constrain else config
@@ -153,8 +149,6 @@ def _by_labels(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], 
 
 def _grades(config: JudgeFlags) -> Mapping[str, Mapping[str, int]] | None:
     """Query id -> key id -> grade; None when the sets' own positive_ids are to decide."""
-    from rmsearch.datasets.beir import read_qrels, split_qrels
-
     if config.qrels:
         return read_qrels(config.qrels)
     return split_qrels(config.dataset_path, config.split) if config.dataset_path else None
@@ -162,54 +156,18 @@ def _grades(config: JudgeFlags) -> Mapping[str, Mapping[str, int]] | None:
 
 def _by_reward(config: JudgeFlags, run: Run, comparisons: Iterable[Comparison], total: int) -> Iterator[Judged]:
     source = iter(comparisons)
-    with run.journal() as journal, asyncio.Runner() as runner, run.progress(total, "comparisons") as bar:
-        teacher = _Teacher(config, journal)
-        try:
-            while window := list(islice(source, WINDOW)):
-                rewards = runner.run(teacher.rewards(window))
-                for comparison in window:
-                    first, second = (rewards[comparison.contest.query, key] for key in comparison.keys)
-                    bar.advance(1)
-                    yield comparison, from_rewards(first, second, config.margin_scale, config.tie_margin)
-        finally:
-            runner.run(teacher.close())
-    run.counts |= {"scored": teacher.scored, "from_journal": teacher.kept}
 
+    def load() -> engines.Scorer:
+        return engines.load_scorer(config.model_name, **config.engine_arguments())
 
-class _Teacher:
-    """A reward model whose rewards are journaled as they come; loaded when the first is not there yet."""
-
-    def __init__(self, config: JudgeFlags, journal: Journal) -> None:
-        self._config, self._journal = config, journal
-        self._scorer: Scorer | None = None
-        self.scored = self.kept = 0
-
-    async def rewards(self, window: Sequence[Comparison]) -> dict[tuple[str, str], float]:
-        """The reward of every (query, key) that the comparisons name."""
-        from rmsearch.storage.journal import journal_key
-
-        texts = dict.fromkeys((each.contest.query, key) for each in window for key in each.keys)
-        names = {pair: journal_key(*pair) for pair in texts}
-        found = {pair: reward for pair, name in names.items() if (reward := self._journal.get(name)) is not None}
-        missing = [pair for pair in texts if pair not in found]
-        self.kept += len(found)
-        self.scored += len(missing)
-        if missing:
-            async with aclosing(self._loaded().stream(missing)) as results:
-                async for positions, rewards in results:
-                    some = {missing[at]: float(r) for at, r in zip(positions.tolist(), rewards.tolist(), strict=True)}
-                    self._journal.put_many((names[pair], reward) for pair, reward in some.items())
-                    found |= some
-        return found
-
-    def _loaded(self) -> Any:
-        from rmsearch.engines import load_scorer
-
-        if self._scorer is None:
-            self._scorer = load_scorer(self._config.model_name, **self._config.engine_arguments())
-        return self._scorer
-
-    async def close(self) -> None:
-        """Frees the model."""
-        if self._scorer is not None:
-            await self._scorer.close()
+    with (
+        run.journal() as journal,
+        window_scorer(load, journal) as teacher,
+        run.progress(total, "comparisons") as bar,
+    ):
+        while window := list(islice(source, WINDOW)):
+            rewards = teacher((each.contest.query, key) for each in window for key in each.keys)
+            for comparison, (first, second) in zip(window, rewards.reshape(-1, 2).tolist(), strict=True):
+                bar.advance(1)
+                yield comparison, from_rewards(first, second, config.margin_scale, config.tie_margin)
+    run.counts |= {"scored": teacher.scored, "from_journal": teacher.from_journal}

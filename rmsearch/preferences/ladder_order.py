@@ -1,24 +1,21 @@
-"""Does a ladder really fall? Neighbouring keys are compared by a reward model or by a language model as the judge."""
+"""The order of a ladder's keys verified: neighbours compared by a reward model, or by a language model as the judge."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice, pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from rmsearch import engines
 from rmsearch.datasets.chain import KeyLadder
 from rmsearch.errors import ConfigError
 from rmsearch.llm.asking import Question, ask
 from rmsearch.llm.instructions import instruction
 from rmsearch.preferences.ladders import LadderFlags, rungs
 from rmsearch.preferences.verdicts import CHOICES, combined, opinion
+from rmsearch.scoring.journaled import WindowScorer, window_scorer
 from rmsearch.stage import Run, model, option
-
-if TYPE_CHECKING:
-    from rmsearch.engines import Scorer
-    from rmsearch.prompts.renderer import Query
-    from rmsearch.storage.journal import Journal
+from rmsearch.storage.journal import Journal, journal_key
 
 WINDOW = 64  # ladders that are scored together
 
@@ -54,7 +51,7 @@ class OrderFlags(LadderFlags):
         return self.model_copy(update=changed)
 
 
-class Verdict(NamedTuple):
+class CheckedLadder(NamedTuple):
     """Wrong and undecided steps of a ladder."""
 
     ladder: KeyLadder
@@ -70,10 +67,9 @@ def verified(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: i
     that the judge could not judge in full is left out. Raises the engines' errors, and ConfigError when no ladder is
     left.
     """
-    by = _by_reward if flags.verify == "reward" else _by_judge
-    found = by(run, flags, ladders, total)
+    verify = _by_reward if flags.verify == "reward" else _by_judge
     checked = stepped = wrong = tied = clean = kept = 0
-    for ladder, violations, ties in found:
+    for ladder, violations, ties in verify(run, flags, ladders, total):
         checked, stepped = checked + 1, stepped + len(ladder.less_relevant_keys)
         wrong, tied, clean = wrong + violations, tied + ties, clean + (violations == 0)
         if flags.max_violations is None or violations <= flags.max_violations:
@@ -88,46 +84,33 @@ def verified(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: i
         raise ConfigError(problem, where="--max-violations", remedy="Allow more, or use a better --model-name")
 
 
-def _by_reward(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: int) -> Iterator[Verdict]:
-    from rmsearch.engines import load_scorer
-
+def _by_reward(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: int) -> Iterator[CheckedLadder]:
     asked = flags.verifier()
     source = iter(ladders)
-    with run.journal("rewards") as journal, asyncio.Runner() as runner, run.progress(total, "ladders") as bar:
-        scorer = load_scorer(asked.model_name, **asked.engine_arguments())
-        try:
-            while window := list(islice(source, WINDOW)):
-                new = [ladder for ladder in window if _key(ladder) not in journal]
-                pairs: list[tuple[Query, str]] = [(ladder.query, key) for ladder in new for key in rungs(ladder)]
-                if pairs:
-                    rewards = runner.run(_scored(scorer, pairs))
-                    _keep(journal, new, rewards)
-                yield from (Verdict(ladder, _wrong(journal.get(_key(ladder))), 0) for ladder in window)
-                bar.advance(len(window))
-        finally:
-            runner.run(scorer.close())
+
+    def load() -> engines.Scorer:
+        return engines.load_scorer(asked.model_name, **asked.engine_arguments())
+
+    with (
+        run.journal("rewards") as journal,
+        window_scorer(load, journal) as scorer,
+        run.progress(total, "ladders") as bar,
+    ):
+        while window := list(islice(source, WINDOW)):
+            for ladder, rewards in zip(window, _rewards(scorer, journal, window), strict=True):
+                yield CheckedLadder(ladder, _wrong(rewards), 0)
+            bar.advance(len(window))
 
 
-async def _scored(scorer: Scorer, pairs: list[tuple[Query, str]]) -> list[float]:
-    return (await scorer.score(pairs)).tolist()
+def _rewards(scorer: WindowScorer, journal: Journal, ladders: Sequence[KeyLadder]) -> list[list[float]]:
+    """Each ladder's rewards. Older journals hold those of a whole ladder under one name."""
+    whole = [journal.get(journal_key("rewards", ladder.query, rungs(ladder))) for ladder in ladders]
+    missing = [ladder for ladder, known in zip(ladders, whole, strict=True) if known is None]
+    fresh = iter(scorer((ladder.query, key) for ladder in missing for key in rungs(ladder)).tolist())
+    return [known or list(islice(fresh, len(rungs(ladder)))) for ladder, known in zip(ladders, whole, strict=True)]
 
 
-def _key(ladder: KeyLadder) -> str:
-    from rmsearch.storage.journal import journal_key
-
-    return journal_key("rewards", ladder.query, rungs(ladder))
-
-
-def _keep(journal: Journal, ladders: list[KeyLadder], rewards: list[float]) -> None:
-    start, items = 0, []
-    for ladder in ladders:
-        end = start + len(rungs(ladder))
-        items.append((_key(ladder), rewards[start:end]))
-        start = end
-    journal.put_many(items)
-
-
-def _wrong(rewards: list[float]) -> int:
+def _wrong(rewards: Sequence[float]) -> int:
     return sum(better <= worse for better, worse in pairwise(rewards))
 
 
@@ -140,7 +123,7 @@ class _Step(NamedTuple):
     swapped: bool
 
 
-def _by_judge(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: int) -> Iterator[Verdict]:
+def _by_judge(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: int) -> Iterator[CheckedLadder]:
     spec = instruction("judge")
 
     def questions() -> Iterator[Question[_Step]]:
@@ -165,4 +148,4 @@ def _by_judge(run: Run, flags: OrderFlags, ladders: Iterable[KeyLadder], total: 
         if len(judged) < 2 * len(ladder.less_relevant_keys):
             continue
         winners = [combined(a.value, b.value).winner for a, b in zip(judged[::2], judged[1::2], strict=True)]
-        yield Verdict(ladder, winners.count(-1), winners.count(0))
+        yield CheckedLadder(ladder, winners.count(-1), winners.count(0))

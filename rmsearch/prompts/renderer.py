@@ -1,4 +1,4 @@
-"""The one place where a (query, key) pair becomes model input: token ids, for training and for every engine.
+"""Rendering of (query, key) pairs as token ids, in this one place for training and for every engine.
 
 A :class:`Template` says what stands around the query and the key. A :class:`Renderer` binds it to a tokenizer and a
 length. Truncation cuts the key's tail and, above half of the room, the query's tail; instruction, separators and the
@@ -15,24 +15,8 @@ from typing import Any
 import numpy as np
 
 from rmsearch.errors import ConfigError
-from rmsearch.prompts.templates import TEMPLATES, Message, Order, Template, default_template, template, template_hash
+from rmsearch.prompts.templates import Template
 from rmsearch.prompts.tokens import CHARACTERS_PER_TOKEN, TextTokens, encode, own_tokenizer, special_ends
-
-__all__ = [
-    "TEMPLATES",
-    "Message",
-    "Order",
-    "Prepared",
-    "Query",
-    "Rendered",
-    "Renderer",
-    "Template",
-    "default_template",
-    "key_text",
-    "query_text",
-    "template",
-    "template_hash",
-]
 
 Query = str | Mapping[str, Any] | Sequence[Mapping[str, str]]
 
@@ -123,10 +107,6 @@ class Renderer:
     @property
     def _adds_special(self) -> bool:
         return self.template.kind == "text" and self.template.special_tokens
-
-    def prefix(self) -> list[int]:
-        """Ids before the first text: what all pairs share."""
-        return self._frame.before
 
     def render(self, query: Query, key: str) -> Rendered:
         """The model input of one pair."""
@@ -225,11 +205,11 @@ class Prepared:
         sizes = len(self._query_ids[query]), len(self._key_ids[key])
         kept = self._renderer.shares(*sizes)
         texts = self._queries[query], self._keys[key]
-        fitting = [
+        shown = [
             text if room == size else self._renderer.texts.cut(text, room)
             for text, size, room in zip(texts, sizes, kept, strict=True)
         ]
-        return fitting[0], fitting[1], kept != sizes
+        return shown[0], shown[1], kept != sizes
 
 
 def _tokens_within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:

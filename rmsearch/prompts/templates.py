@@ -14,7 +14,7 @@ from rmsearch.errors import ConfigError
 Order = Literal["query_first", "key_first"]
 
 
-class Message(BaseModel):
+class TemplateMessage(BaseModel):
     """One chat message of a template; ``content`` may hold ``{query}``, ``{key}`` and ``{instruction}``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class Template(BaseModel):
     kind: Literal["encoder", "text", "chat"]
     order: Order = "query_first"
     text: str = ""
-    messages: tuple[Message, ...] = ()
+    messages: tuple[TemplateMessage, ...] = ()
     instruction: str = ""
     tokenization: Literal["split", "joint"] = "split"
     token_types: Literal["zero", "segment"] = "zero"
@@ -60,7 +60,7 @@ class Template(BaseModel):
 def _chat(name: str, *contents: str, order: Order = "query_first", instruction: str = "") -> Template:
     """A chat template whose messages alternate between user and assistant, starting with the user."""
     roles = ("user", "assistant")
-    messages = tuple(Message(role=roles[i % 2], content=content) for i, content in enumerate(contents))
+    messages = tuple(TemplateMessage(role=roles[i % 2], content=content) for i, content in enumerate(contents))
     return Template(name=name, kind="chat", order=order, messages=messages, instruction=instruction)
 
 
@@ -131,13 +131,10 @@ TEMPLATES: Mapping[str, Template] = {each.name: each for each in _ALL}
 
 def template(name: str | Template, instruction: str | None = None) -> Template:
     """The registered template of that name (a Template is returned as it is), on request with another instruction."""
-    if isinstance(name, Template):
-        found = name
-    elif name in TEMPLATES:
-        found = TEMPLATES[name]
-    else:
+    if not isinstance(name, Template) and name not in TEMPLATES:
         raise ConfigError(f"there is no template {name!r}", remedy=f"Known templates: {', '.join(TEMPLATES)}")
-    return found if instruction is None else found.model_copy(update={"instruction": instruction})
+    spec = name if isinstance(name, Template) else TEMPLATES[name]
+    return spec if instruction is None else spec.model_copy(update={"instruction": instruction})
 
 
 def template_hash(spec: Template) -> str:

@@ -28,7 +28,7 @@ class TextTokens:
         self._tokens.encode_special_tokens = plain
         self._limit, self._room = limit, cached_tokens
         self._cache: dict[str, array[int]] = {}
-        self._held = 0
+        self._cached = 0
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> list[array[int]]:
@@ -39,17 +39,17 @@ class TextTokens:
             if not fresh:
                 return [cache[text] for text in texts]
             encoded = dict(zip(fresh, self._encode(fresh), strict=True))
-            found = [encoded[text] if text in encoded else cache[text] for text in texts]
+            ids = [encoded[text] if text in encoded else cache[text] for text in texts]
             self._remember(encoded)
-            return found
+            return ids
 
     def _encode(self, texts: list[str]) -> list[array[int]]:
         most = self._limit + 1
-        found: list[array[int]] = []
+        encoded: list[array[int]] = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             cut = [text[: most * CHARACTERS_PER_TOKEN] for text in texts[start : start + _TEXTS_AT_ONCE]]
-            found += [array("i", encoding.ids[:most]) for encoding in encode(self._tokens, cut, special=False)]
-        return found
+            encoded += [array("i", encoding.ids[:most]) for encoding in encode(self._tokens, cut, special=False)]
+        return encoded
 
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of a text that makes up its first ``tokens`` tokens."""
@@ -65,10 +65,10 @@ class TextTokens:
     def _remember(self, encoded: dict[str, array[int]]) -> None:
         for text, ids in encoded.items():
             self._cache[text] = ids
-            self._held += len(ids) + _ENTRY_COST
-        while self._held > self._room and self._cache:
+            self._cached += len(ids) + _ENTRY_COST
+        while self._cached > self._room and self._cache:
             oldest = next(iter(self._cache))
-            self._held -= len(self._cache.pop(oldest)) + _ENTRY_COST
+            self._cached -= len(self._cache.pop(oldest)) + _ENTRY_COST
 
 
 def own_tokenizer(tokenizer: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rmsearch.reports.page import counted, percent
 from rmsearch.stage import StageConfig, option
 
 Facts = Mapping[str, Any]
@@ -55,27 +56,18 @@ class Check:
     remedy: str
 
     @property
+    def title(self) -> str:
+        """The check's name, with the set's unless it is ``train``."""
+        return self.name if self.of == "train" else f"{self.name} ({self.of})"
+
+    @property
     def line(self) -> str:
-        """``length: the longer key is chosen in 83 % of the pairs; …``, with the set's name unless it is ``train``."""
-        return f"{self.name}{'' if self.of == 'train' else f' ({self.of})'}: {self.finding}"
+        """``length: the longer key is chosen in 83 % of the pairs; …``"""
+        return f"{self.title}: {self.finding}"
 
     def facts(self) -> dict[str, Any]:
         """For the JSON file."""
         return asdict(self) | {"line": self.line}
-
-
-def percent(share: float) -> str:
-    """``83 %`` or ``0.4 %``; what is not all or nothing is never shown as 0 or 100."""
-    value = 100 * share
-    if 0 < share < 1 and not 0.05 <= value <= 99.95:
-        return "< 0.1 %" if value < 1 else "> 99.9 %"
-    return f"{value:.0f} %" if 10 <= value <= 99 else f"{round(value, 1):g} %"
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 query``, ``1,200 queries``."""
-    many = noun.replace("query", "querie") + "s"
-    return f"{count:,} {noun if count == 1 else many}"
 
 
 def check_set(of: str, facts: Facts, limits: CheckFlags) -> list[Check]:

@@ -89,6 +89,6 @@ def _dataset_of(runs: list[str], flags: set[str]) -> dict[str, str]:
         for record in records_of(name_and_path(each)[1]):
             config = record.get("config", {})
             if config.get("dataset_path") or config.get("qrels"):
-                names = flags & {"dataset_path", "queries", "corpus", "qrels", "split"}
+                names = flags & {"dataset_path", "queries", "corpus", "qrels", "split", "max_missing_share"}
                 return {name: config[name] for name in names if config.get(name)}
     return {}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -14,9 +13,9 @@ from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.bm25 import splitter
 from rmsearch.retrieval.first_stage import best_positions
-
-if TYPE_CHECKING:
-    from rmsearch.stage import Run
+from rmsearch.retrieval.runs import read_run
+from rmsearch.retrieval.vectors import TextsToEmbed, embed_texts
+from rmsearch.stage import Run
 
 BLOCK = 512
 QUERIES, KEYS = 256, 128  # texts per block: evaluation.embed's defaults, so that a cache serves both
@@ -56,8 +55,6 @@ class RunRanker:
 
 def read_rankings(uris: Sequence[str], beir: Beir) -> list[Ranker]:
     """Run files over the data set. ConfigError when one holds other keys or none of the queries."""
-    from rmsearch.retrieval.runs import read_run
-
     place = places(sorted(beir.corpus))
     found: list[Ranker] = []
     for uri in uris:
@@ -204,31 +201,9 @@ class Vectors:
 
 
 def embed_all(beir: Beir, model: str, more_texts: list[str], run: Run, cache_dir: str | None = None) -> Vectors:
-    """Embeds the data set's queries and keys, and more texts as keys; from the cache what it has."""
-
-    async def work() -> Vectors:
-        from rmsearch.engines import load_embedder
-        from rmsearch.retrieval.vectors import VectorCache, count_vectors, embedded, vector_identity
-
-        keys = [beir.key_text(key) for key in sorted(beir.corpus)]
-        embedder = load_embedder(model)
-        try:
-            cache = VectorCache(cache_dir, vector_identity(embedder, model)) if cache_dir else None
-            with run.progress(len(beir.queries) + len(keys) + len(more_texts), "texts") as bar:
-
-                async def vectors(texts: list[str], kind: Literal["query", "key"], size: int) -> np.ndarray:
-                    blocks = []
-                    async for _, block in embedded(embedder, texts, kind, size, cache):
-                        blocks.append(block)
-                        bar.advance(len(block))
-                    return np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
-
-                asked = await vectors(list(beir.queries.values()), "query", QUERIES)
-                own = await vectors(keys, "key", KEYS)
-                more = await vectors(more_texts, "key", KEYS)
-            count_vectors(run, embedder, cache.found if cache else 0)
-            return Vectors(asked, own, more, more_texts)
-        finally:
-            await embedder.close()
-
-    return asyncio.run(work())
+    """Embed the data set's queries and keys, and more texts as keys; what the cache has is taken from there."""
+    keys = [beir.key_text(key) for key in sorted(beir.corpus)]
+    queries = TextsToEmbed(list(beir.queries.values()), "query", QUERIES, cache_dir)
+    parts = [queries, *(TextsToEmbed(texts, "key", KEYS, cache_dir) for texts in (keys, more_texts))]
+    asked, own, more = embed_texts(run, {"model_name": model}, parts)
+    return Vectors(asked, own, more, more_texts)

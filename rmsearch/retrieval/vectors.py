@@ -9,22 +9,121 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
+import numpy as np
+
+from rmsearch import engines
+from rmsearch.engines import Embedder
 from rmsearch.errors import ConfigError, InputMissingError, ModelError
+from rmsearch.models import folder as model_folder
+from rmsearch.stage import Run
 from rmsearch.storage import uri as storage
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.engines import Embedder
-    from rmsearch.stage import Run
 
 AHEAD = 4  # blocks on their way to the model at a time, so that it never waits for the next one
 _ROOM = 64  # free slots of a query, at least; more of them would mean a lowest score that is longer out of date
 _POSITIONS = 1 << 32
 _EMPTY = -2139095041 << 32  # a slot without a key: -inf at the last position, as `_packed` has it
+Blocks = AsyncIterator[tuple[int, np.ndarray]]  # (first position, float32[n, d]), in order
+
+
+@dataclass(frozen=True)
+class TextsToEmbed:
+    """Texts, what they are to the model, how many are handed to it at once, and the folder that keeps their vectors."""
+
+    texts: Sequence[str] = field(repr=False)
+    kind: Literal["query", "key"]
+    size: int
+    folder: str | None = None
+
+
+def nearest(
+    run: Run,
+    model: dict[str, Any],
+    queries: TextsToEmbed,
+    keys: TextsToEmbed,
+    k: int,
+    *,
+    own: Sequence[int] | None = None,
+    compared: int = 1,
+    device: str = "cpu",
+    **vectors: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` nearest keys of each query, exactly: (positions int64[n, k], scores float32[n, k]), best first.
+
+    ``model`` and ``vectors``: see `embed_texts`. ``own``, ``device``: see `ExactSearch`. ``compared``: keys compared at
+    once, at least. Memory grows with the queries' vectors; the keys' pass in blocks. Folders of vectors stay.
+    """
+
+    async def work() -> tuple[np.ndarray, np.ndarray]:
+        async with _embedding(run, model, [queries, keys], **vectors) as blocks:
+            found = await _joined(blocks(queries))
+            search = ExactSearch(found, min(k, len(keys.texts)), own or [-1] * len(found), device)
+            async for first, part in gathered(blocks(keys), compared):
+                await asyncio.to_thread(search.add, first, part)
+        return search.result()
+
+    return asyncio.run(work())
+
+
+def embed_texts(run: Run, model: dict[str, Any], parts: Sequence[TextsToEmbed], **vectors: Any) -> list[np.ndarray]:
+    """The vectors of each part, float32[n, d].
+
+    ``model``: arguments of `load_embedder`. ``vectors``: ``normalize=False`` keeps their lengths; ``identity`` is what
+    kept vectors depend on beside their texts, by default `vector_identity`.
+    """
+
+    async def work() -> list[np.ndarray]:
+        async with _embedding(run, model, parts, **vectors) as blocks:
+            return [await _joined(blocks(part)) for part in parts]
+
+    return asyncio.run(work())
+
+
+@asynccontextmanager
+async def _embedding(
+    run: Run, model: dict[str, Any], parts: Sequence[TextsToEmbed], normalize: bool = True, identity: str | None = None
+) -> AsyncIterator[Callable[[TextsToEmbed], Blocks]]:
+    """Load the model and give a function that embeds a part; then put counts, rate and how it embeds into the run."""
+    embedder = engines.load_embedder(**model)
+    loaded = 0
+    try:
+        if not normalize:
+            embedder.spec = replace(embedder.spec, normalize=False)
+        identity = identity or vector_identity(embedder, **model)
+        with run.progress(sum(len(part.texts) for part in parts), "texts") as shown:
+
+            async def blocks(part: TextsToEmbed) -> Blocks:
+                nonlocal loaded
+                cache = VectorCache(part.folder, identity) if part.folder else None
+                async for first, vectors in embedded(embedder, part.texts, part.kind, part.size, cache):
+                    shown.advance(len(vectors))
+                    yield first, vectors
+                loaded += cache.loaded if cache else 0
+
+            yield blocks
+    finally:
+        await embedder.close()
+    stats = embedder.stats
+    run.counts |= {"embedded": stats.scored, "cached": loaded, "tokens": stats.tokens, "truncated": stats.truncated}
+    if stats.seconds > 0:
+        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
+    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
+
+
+async def _joined(blocks: Blocks) -> np.ndarray:
+    parts = [vectors async for _, vectors in blocks]
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def vector_identity(
+    embedder: Embedder, model_name: str, base_url: str | None = None, dtype: str = "auto", **_: Any
+) -> str:
+    """All but the texts that affects a vector: the model's files, precision, pooling and instructions."""
+    files = base_url or storage.digest(str(model_folder.open_model(model_name)))
+    return f"{files} {model_name if base_url else ''} {dtype} {embedder.spec}"
 
 
 class VectorCache:
@@ -32,30 +131,23 @@ class VectorCache:
 
     def __init__(self, folder: str, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.found = 0
+        self.loaded = 0
 
     def load(self, texts: Sequence[str], kind: str) -> np.ndarray | None:
         """float32[len(texts), d], or None."""
-        import numpy as np
-
         try:
             with storage.reader(self._path(texts, kind)) as file:
                 vectors = np.load(io.BytesIO(file.read()), allow_pickle=False)
         except InputMissingError:
             return None
-        self.found += len(texts)
+        self.loaded += len(texts)
         return vectors
 
     def keep(self, texts: Sequence[str], kind: str, vectors: np.ndarray) -> None:
-        import numpy as np
-
         packed = io.BytesIO()
         np.save(packed, vectors, allow_pickle=False)
         with storage.writer(self._path(texts, kind)) as file:
             file.write(packed.getvalue())
-
-    def discard(self) -> None:
-        storage.remove(self.folder)
 
     def _path(self, texts: Sequence[str], kind: str) -> str:
         state = hashlib.blake2b(json.dumps([self.identity, kind, *texts]).encode(), digest_size=16)
@@ -64,7 +156,7 @@ class VectorCache:
 
 async def embedded(
     embedder: Embedder, texts: Sequence[str], kind: Literal["query", "key"], size: int, cache: VectorCache | None
-) -> AsyncIterator[tuple[int, np.ndarray]]:
+) -> Blocks:
     """(first position, float32[n, d]) of blocks of ``size`` texts, in order; from the cache where it has them."""
 
     async def block(start: int) -> np.ndarray:
@@ -95,10 +187,8 @@ async def embedded(
         await asyncio.gather(*(task for _, task in running), return_exceptions=True)
 
 
-async def gathered(blocks: AsyncIterator[tuple[int, np.ndarray]], size: int) -> AsyncIterator[tuple[int, np.ndarray]]:
+async def gathered(blocks: Blocks, size: int) -> Blocks:
     """Small blocks that follow each other as larger ones, of at least ``size`` vectors but for the last."""
-    import numpy as np
-
     first, parts, count = 0, list[np.ndarray](), 0
     async for start, vectors in blocks:
         first = first if parts else start
@@ -109,24 +199,6 @@ async def gathered(blocks: AsyncIterator[tuple[int, np.ndarray]], size: int) -> 
             parts, count = [], 0
     if parts:
         yield first, np.concatenate(parts)
-
-
-def vector_identity(embedder: Embedder, model_name: str, base_url: str | None = None, dtype: str = "auto") -> str:
-    """All but the texts that affects a vector: the model's files, precision, pooling and instructions."""
-    from rmsearch.models.folder import open_model
-
-    model = base_url or storage.digest(str(open_model(model_name)))
-    return f"{model} {model_name if base_url else ''} {dtype} {embedder.spec}"
-
-
-def count_vectors(run: Run, embedder: Embedder, cached: int) -> None:
-    """Puts what was embedded, what came from the cache, the rate and how the model embeds into the run."""
-    stats = embedder.stats
-    run.counts |= {"embedded": stats.scored, "cached": cached, "tokens": stats.tokens}
-    run.counts["truncated"] = stats.truncated
-    if stats.seconds > 0:
-        run.counts["texts_per_second"] = round(stats.scored / stats.seconds, 1)
-    run.note(embedding=asdict(embedder.spec), model_seconds=round(stats.seconds, 3))
 
 
 class ExactSearch:
@@ -140,8 +212,6 @@ class ExactSearch:
     """
 
     def __init__(self, queries: np.ndarray, k: int, own: Sequence[int], device: str) -> None:
-        import numpy as np
-
         _require_finite(queries)
         self.k, self._own, self._count = k, np.asarray(own, dtype=np.int64), len(queries)
         self._multiply, self._queries, self._at_once = product(device), _placed(queries, device), _at_once(device)
@@ -154,8 +224,6 @@ class ExactSearch:
     def add(self, first: int, keys: np.ndarray) -> None:
         """Compare all queries with the keys (float32[n, d]) at positions from ``first``. Raises ModelError for vectors
         that are not finite."""
-        import numpy as np
-
         _require_finite(keys)
         if first + len(keys) > _POSITIONS:
             raise ConfigError(f"a search holds at most {_POSITIONS} keys", remedy="Search parts of the corpus")
@@ -175,16 +243,12 @@ class ExactSearch:
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """(positions int64[n, k], scores float32[n, k]), best first; -inf marks an empty slot."""
-        import numpy as np
-
         self._keep_best(np.arange(self._count))
         best = -np.sort(-self._slots[:, : self.k], axis=1)
         return _POSITIONS - 1 - (best & (_POSITIONS - 1)), _unpacked(best)
 
     def _take(self, part: slice, first: int, scores: Any) -> None:
         """Put the promising of these scores ([queries of the part, keys from ``first``]) into free slots."""
-        import numpy as np
-
         row, column, score = _above(scores, self._lowest[part])
         counts = np.bincount(row, minlength=part.stop - part.start)
         full = np.flatnonzero(self._filled[part] + counts > self._slots.shape[1])
@@ -217,24 +281,18 @@ class ExactSearch:
 def _packed(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """int64 that order as (score, lower position first): a float's bits order as its value, once negatives are
     turned round."""
-    import numpy as np
-
     bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0: they are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.astype(np.int64) << 32) | (_POSITIONS - 1 - positions)
 
 
 def _unpacked(packed: np.ndarray) -> np.ndarray:
-    import numpy as np
-
     ordered = (packed >> 32).astype(np.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 def _above(scores: Any, lowest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, column, score) of all scores above their row's lowest, in order of rows."""
-    import numpy as np
-
     if not isinstance(scores, np.ndarray):  # a CUDA tensor: only what is found leaves the GPU
         import torch
 
@@ -245,8 +303,6 @@ def _above(scores: Any, lowest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _require_finite(vectors: np.ndarray) -> None:
-    import numpy as np
-
     if not np.isfinite(vectors).all():
         remedy = "Use dtype float32 or bfloat16, and check that the model's weights are whole"
         raise ModelError("the model gave a vector that is not finite", remedy=remedy)

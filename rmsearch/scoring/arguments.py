@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from rmsearch.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
+from rmsearch.prompts.renderer import key_text, query_text
 
 
 class InputError(ConfigError, ValueError):
@@ -19,8 +20,6 @@ class InputError(ConfigError, ValueError):
 
 def whole_number(value: Any, name: str) -> int:
     """``value`` as an int >= 1; InputError names the argument otherwise."""
-    import operator
-
     try:
         number = operator.index(value)
     except TypeError:
@@ -46,19 +45,17 @@ def query_texts(queries: Any, name: str = "queries") -> list[str]:
 
     InputError names the position of one that is neither.
     """
-    from rmsearch.prompts.renderer import query_text
-
-    found = items_of(queries, name)
-    for i, query in enumerate(found):
+    texts = items_of(queries, name)
+    for i, query in enumerate(texts):
         if not isinstance(query, str):
             with input_errors():
-                found[i] = query_text(_plain_query(query), f"{name}[{i}]")
-    return found
+                texts[i] = query_text(_plain_query(query), f"{name}[{i}]")
+    return texts
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns a ConfigError about an argument into an InputError."""
+    """Turn a ConfigError about an argument into an InputError."""
     try:
         yield
     except ConfigError as error:
@@ -72,25 +69,20 @@ def _plain_query(query: Any) -> Any:
     messages = query.get("message", query.get("messages")) if isinstance(query, Mapping) else query
     if not isinstance(messages, list | tuple):
         return query
-    return [m if isinstance(m, Mapping) else {"role": _get(m, "role"), "content": _get(m, "content")} for m in messages]
-
-
-def _get(message: Any, name: str) -> Any:
-    return getattr(message, name, None)
+    names = ("role", "content")
+    return [m if isinstance(m, Mapping) else {name: getattr(m, name, None) for name in names} for m in messages]
 
 
 def key_texts(keys: Any, name: str = "keys") -> list[str]:
     """The keys as a list; InputError when there is none, or names the position of one that is no string."""
-    from rmsearch.prompts.renderer import key_text
-
-    found = items_of(keys, name)
-    for i, key in enumerate(found):
+    texts = items_of(keys, name)
+    for i, key in enumerate(texts):
         if not isinstance(key, str):
             with input_errors():
                 key_text(key, f"{name}[{i}]")
-    if not found:
+    if not texts:
         raise InputError(f"{name} is empty", remedy="Give at least one key to rank")
-    return found
+    return texts
 
 
 def prompt_text(prompt: Callable[..., Any], *arguments: Any) -> str:
@@ -106,14 +98,6 @@ def prompt_text(prompt: Callable[..., Any], *arguments: Any) -> str:
 
 def optional_number(value: Any, name: str) -> int | None:
     return None if value is None else whole_number(value, name)
-
-
-def old_spelling(queries: Any, queires: Any) -> Any:
-    if queires is None:
-        return queries
-    if queries is not None:
-        raise InputError("queries and queires are both given", remedy="Give queries")
-    return queires
 
 
 def template_choice(
@@ -150,8 +134,6 @@ def takes_row(prompt: Callable[..., str]) -> bool:
 
 def candidate_pairs(candidates: Sequence[Sequence[int]], queries: int, keys: int) -> np.ndarray:
     """int64[n, 2] (query_id, key_id), each once; InputError for ids that are not there."""
-    import numpy as np
-
     rows = items_of(candidates, "candidates")
     if len(rows) != queries:
         raise InputError(f"candidates has {len(rows)} lists for {queries} queries", remedy="Give one list per query")

@@ -1,19 +1,17 @@
-"""An engine in an event loop of its own thread, so that callers of any loop, or of several, can share it."""
+"""A scorer in an event loop of its own thread, so that callers of any loop, or of several, can share it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from rmsearch.engines import Scorer
+from rmsearch.engines.threads import LoopThread
 from rmsearch.errors import ConfigError, RetryableError, RMSearchError
-
-if TYPE_CHECKING:
-    from rmsearch.engines import Scorer
 
 T = TypeVar("T")
 
@@ -25,7 +23,7 @@ class ClosedError(ConfigError, RuntimeError):
         super().__init__("this Search is closed", remedy="Make a new Search, and close it after its last use")
 
 
-class Engine:
+class SharedScorer:
     """A scorer that is loaded at first use and lives in one background event loop.
 
     An engine such as vLLM's is bound to the loop in which it first ran. A loop of its own makes it usable from several
@@ -34,19 +32,12 @@ class Engine:
 
     def __init__(self, load: Callable[[], Scorer]) -> None:
         self._load = load
-        self._scorer: Scorer | None = None
+        self.scorer: Scorer | None = None  # once loaded
         self._failure: RMSearchError | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._last: asyncio.Task[None] | None = None
         self.closed = False
-
-    @property
-    def scorer(self) -> Scorer | None:
-        """The scorer, once loaded."""
-        return self._scorer
 
     def submit(self, work: Callable[[Scorer], Coroutine[Any, Any, T]]) -> Future[T]:
         """Run ``work(scorer)`` in the background loop; cancelling the future cancels it there.
@@ -60,8 +51,9 @@ class Engine:
         with self._lock:
             if self.closed:
                 raise ClosedError
-            loop = self._loop or self._start()
-            return asyncio.run_coroutine_threadsafe(self._run(work), loop)
+            if self._thread is None:
+                self._thread = LoopThread("rmsearch-engine")
+            return self._thread.submit(self._run(work))
 
     async def call(self, work: Callable[[Scorer], Coroutine[Any, Any, T]]) -> T:
         """`submit`, and wait in the caller's loop."""
@@ -78,27 +70,21 @@ class Engine:
                 raise ClosedError from None
             raise
 
-    def _start(self) -> asyncio.AbstractEventLoop:
-        self._loop = loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_serve, args=(loop,), name="rmsearch-engine", daemon=True)
-        self._thread.start()
-        return loop
-
     async def _run(self, work: Callable[[Scorer], Coroutine[Any, Any, T]]) -> T:
         return await work(self._loaded())
 
     def _loaded(self) -> Scorer:
-        """Loads in the loop's own thread: nothing else could run there before, and calls meanwhile queue up."""
+        """Load in the loop's own thread: nothing else could run there before, and calls meanwhile queue up."""
         if self._failure is not None:
             raise self._failure.with_traceback(None)
-        if self._scorer is None:
+        if self.scorer is None:
             try:
-                self._scorer = self._load()
+                self.scorer = self._load()
             except RMSearchError as error:
                 if not isinstance(error, RetryableError):  # waiting callers need not load the same model to see it fail
                     self._failure = error
                 raise
-        return self._scorer
+        return self.scorer
 
     def close(self) -> None:
         """Cancel what runs, close the scorer and end the thread. Safe to call again and inside a running loop."""
@@ -106,34 +92,10 @@ class Engine:
             if self.closed:
                 return
             self.closed = True
-        loop, thread = self._loop, self._thread
-        if loop is None or thread is None or os.getpid() != self._process:
-            return
-        if threading.current_thread() is thread:  # the garbage collector may run in any thread, so in this one too
-            self._last = loop.create_task(self._finish())
-            self._last.add_done_callback(lambda _: loop.stop())
-            return
-        with contextlib.suppress(RuntimeError):  # at interpreter exit the loop can no longer start helper threads
-            asyncio.run_coroutine_threadsafe(self._finish(), loop).result()
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        if self._thread is not None and os.getpid() == self._process:
+            self._thread.stop(self._close_scorer)
 
-    async def _finish(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        scorer, self._scorer = self._scorer, None
+    async def _close_scorer(self) -> None:
+        scorer, self.scorer = self.scorer, None
         if scorer is not None:
             await scorer.close()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        with contextlib.suppress(RuntimeError):
-            loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
-from rmsearch.errors import ModelError
-
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 _CHUNK = 1 << 16
 
@@ -21,8 +17,6 @@ class TopK:
     """
 
     def __init__(self, queries: int, k: int) -> None:
-        import numpy as np
-
         self.k = k
         self.empty = np.iinfo(np.int64).max  # an empty slot: score -inf and this key sort behind everything
         self._scores = np.full((queries, k), -np.inf, np.float32)
@@ -31,19 +25,13 @@ class TopK:
         self.added = 0
 
     def add(self, queries: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> None:
-        """Merge scores of (query, key) pairs, int64[n] and float32[n]; each pair at most once over all calls.
-
-        ModelError when a score is not finite.
-        """
-        require_finite(scores)
+        """Merge finite scores of (query, key) pairs, int64[n] and float32[n]; each pair at most once over all calls."""
         for start in range(0, len(scores), _CHUNK):
             part = slice(start, start + _CHUNK)
             self._merge(queries[part], keys[part], scores[part])
         self.added += len(scores)
 
     def _merge(self, queries: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> None:
-        import numpy as np
-
         promising = scores >= self._scores[queries, -1]  # most late arrivals stop here; equal scores compete by key
         if not promising.all():
             queries, keys, scores = queries[promising], keys[promising], scores[promising]
@@ -64,14 +52,3 @@ class TopK:
         """Copies of (keys, scores); empty slots hold the key ``empty``."""
         with self._lock:
             return self._keys.copy(), self._scores.copy()
-
-
-def require_finite(scores: np.ndarray) -> None:
-    """ModelError when a reward is NaN or infinite: such a score would order the keys at random."""
-    import numpy as np
-
-    if not np.isfinite(scores).all():
-        raise ModelError(
-            "the model gave a reward that is not finite",
-            remedy="Use dtype='float32' or 'bfloat16', and check that the model's weights are whole",
-        )

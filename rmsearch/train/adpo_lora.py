@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, ignored, main, option, source, stage, tuning
+from rmsearch.cli import main
+from rmsearch.stage import Run, ignored, option, source, stage, tuning
 from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.export import export
+from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import OrderLoss
+from rmsearch.trainer.model import prepare_base
+from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
 
 
 class AdpoConfig(TrainingConfig):
@@ -27,8 +32,8 @@ class AdpoConfig(TrainingConfig):
     num_train_epochs: float = option(10, "Passes over the rows.", gt=0)
     loss: OrderLoss = option(
         "bradley-terry",
-        "bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole order that they imply "
-        "(no margins). Both: mean per row, then over rows.",
+        "Loss to minimise. bradley-terry: over the stated pairs, with their margins. plackett-luce: over the whole "
+        "order that they imply (no margins). Both: mean per row, then over rows.",
     )
     load_in_8bit: bool = ignored(True, "the base is loaded in the precision that machine and --dtype give.")
     save_steps: int = tuning(40, "Write a checkpoint every so many steps.", ge=1)
@@ -42,13 +47,12 @@ def adpo_lora(config: AdpoConfig, run: Run) -> None:
     pairs it is in, and rows may be of unequal size. Six candidates in a total order state 15 pairs at the cost of six
     forward passes. Saving, resuming, evaluation and export are train lora's.
     """
-    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
-    from rmsearch.trainer.ordered_rows import encode_rows, peek_row_template, read_rows
-
     base = prepare_base(config, peek_row_template(config.dataset_list_train))
-    train, test = encoded_sides(config, run, base, read_rows, encode_rows)
+    train, test = encode_files(config, run, base, read_rows, encode_rows)
     run.counts["rows"] = train.counts["rows"]
-    fit(config, run, base, train, test)
+    training = prepare_training(config, run, base, train, test)
+    trainer = fit(training)
+    export(training, trainer)
 
 
 if __name__ == "__main__":

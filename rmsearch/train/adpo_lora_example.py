@@ -1,11 +1,6 @@
-"""The documented name of `rmsearch.train.adpo_lora`: ``python -m rmsearch.train.adpo_lora_example …``."""
+"""A documented name of `rmsearch.train.adpo_lora`."""
 
-from __future__ import annotations
-
-from rmsearch.stage import main
-from rmsearch.train.adpo_lora import AdpoConfig, adpo_lora
-
-__all__ = ["AdpoConfig", "adpo_lora"]
+from rmsearch.train.adpo_lora import adpo_lora, main
 
 if __name__ == "__main__":
     main(adpo_lora)

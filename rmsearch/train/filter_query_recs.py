@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import IRRELEVANT, QUERY_TYPES, TYPE_NAMES, QueryRecord
 from rmsearch.datasets.corpus import indexed, read_corpus
 from rmsearch.datasets.duplicates import near_duplicates, words
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import EngineFlags
 from rmsearch.llm.languages import Languages
-from rmsearch.retrieval.round_trip import Asked, by_embedding, by_records
-from rmsearch.stage import Run, StageConfig, main, model, option, source, stage, target
+from rmsearch.retrieval.round_trip import GeneratedQuery, by_embedding, by_records
+from rmsearch.stage import Run, StageConfig, model, option, source, stage, target
 from rmsearch.storage.records import read_models, read_records, suffix_of, write_records
 
 KEPT = 0
@@ -209,11 +210,11 @@ def _drop_near_duplicates(config: FilterQueryRecsConfig, verdicts: bytearray, th
 
 def _drop_by_round_trip(config: FilterQueryRecsConfig, run: Run, verdicts: bytearray, rank: int) -> None:
     positions, wanted = array("q"), bytearray()
-    queries: list[Asked] = []
+    queries: list[GeneratedQuery] = []
     for position, record in _left(config, verdicts):
         positions.append(position)
         wanted.append(record.query_type != IRRELEVANT)
-        queries.append(Asked(record.query_id or str(position), record.query, record.df_id))
+        queries.append(GeneratedQuery(record.query_id or str(position), record.query, record.df_id))
     if config.relevance_json is not None:
         found = by_records(config.relevance_json, queries, rank)
     else:

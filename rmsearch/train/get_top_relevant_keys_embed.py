@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from rmsearch.datasets.corpus import CorpusIndex
+from rmsearch.cli import main
 from rmsearch.errors import ConfigError
 from rmsearch.retrieval.corpus_search import (
     KeyTexts,
-    Question,
     RetrievalFlags,
     check_correct_ids,
     open_keys,
     read_questions,
     relevance_records,
 )
-from rmsearch.retrieval.vectors import (
-    ExactSearch,
-    VectorCache,
-    count_vectors,
-    embedded,
-    gathered,
-    product,
-    vector_identity,
-)
-from rmsearch.stage import Run, main, option, stage, target, tuning
+from rmsearch.retrieval.vectors import TextsToEmbed, nearest, product
+from rmsearch.stage import Run, option, stage, target, tuning
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import write_records
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rmsearch.engines import Embedder
 
 
 class EmbedKeysConfig(RetrievalFlags):
@@ -55,7 +39,7 @@ class EmbedKeysConfig(RetrievalFlags):
 NEXT = (
     "rmsearch train sample_dpo_batch --relevance-json {output} --source-csv df.csv --output sampled_query_key_set.json"
 )
-SEARCHED = 1024  # keys compared at once: enough for a fast matrix product, little enough for memory
+COMPARED = 1024  # keys at once: enough for a fast matrix product, little enough for memory
 
 
 @stage("train.get_top_relevant_keys_embed", next_step=NEXT)
@@ -73,67 +57,25 @@ def get_top_relevant_keys_embed(config: EmbedKeysConfig, run: Run) -> None:
             problem = "is a file, and vectors are kept in a folder"
             raise ConfigError(problem, where=place, remedy="Name another place")
     questions = read_questions(config)
+    query_folder = config.query_checkpoint or f"{config.output}.queries.vectors"
+    key_folder = config.key_checkpoint or f"{config.output}.keys.vectors"
+    instructions = {"query_instruction": config.query_instruction, "key_instruction": config.key_instruction}
     with open_keys(config) as keys:
         check_correct_ids(questions, keys, config.correct_ids_json or config.queries)
-        positions, scores = asyncio.run(_search(config, run, questions, keys))
+        positions, scores = nearest(
+            run,
+            {"model_name": config.model_name, **instructions, **config.engine_arguments()},
+            TextsToEmbed([question.query for question in questions], "query", config.query_batch_size, query_folder),
+            TextsToEmbed(KeyTexts(keys), "key", config.key_batch_size, key_folder),
+            config.k_key,
+            compared=COMPARED,
+            device=config.similarity_device,
+        )
         write_records(config.output, relevance_records(questions, keys, positions, scores, "similarity"))
         run.counts |= {"queries": len(questions), "keys": len(keys)}
-    for place in (None if config.query_checkpoint else "queries", None if config.key_checkpoint else "keys"):
-        if place:
-            storage.remove(f"{config.output}.{place}.vectors")
-
-
-async def _search(
-    config: EmbedKeysConfig, run: Run, questions: list[Question], keys: CorpusIndex
-) -> tuple[np.ndarray, np.ndarray]:
-    """(positions int64[n, k], scores float32[n, k]) of each query's best keys."""
-    from rmsearch.engines import load_embedder
-
-    embedder = load_embedder(
-        config.model_name,
-        query_instruction=config.query_instruction,
-        key_instruction=config.key_instruction,
-        **config.engine_arguments(),
-    )
-    try:
-        identity = vector_identity(embedder, config.model_name, config.base_url, config.dtype)
-        caches = (
-            VectorCache(config.query_checkpoint or f"{config.output}.queries.vectors", identity),
-            VectorCache(config.key_checkpoint or f"{config.output}.keys.vectors", identity),
-        )
-        return await _compare(config, run, embedder, caches, questions, keys)
-    finally:
-        await embedder.close()
-
-
-async def _compare(
-    config: EmbedKeysConfig,
-    run: Run,
-    embedder: Embedder,
-    caches: tuple[VectorCache, VectorCache],
-    questions: list[Question],
-    keys: CorpusIndex,
-) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
-    texts = [question.query for question in questions]
-    with run.progress(len(questions) + len(keys), "texts") as shown:
-
-        async def counted(
-            blocks: AsyncIterator[tuple[int, np.ndarray]],
-        ) -> AsyncIterator[tuple[int, np.ndarray]]:
-            async for first, vectors in blocks:
-                shown.advance(len(vectors))
-                yield first, vectors
-
-        asked = embedded(embedder, texts, "query", config.query_batch_size, caches[0])
-        vectors = np.concatenate([block async for _, block in counted(asked)])
-        search = ExactSearch(vectors, min(config.k_key, len(keys)), [-1] * len(texts), config.similarity_device)
-        blocks = embedded(embedder, KeyTexts(keys), "key", config.key_batch_size, caches[1])
-        async for first, block in gathered(counted(blocks), SEARCHED):
-            await asyncio.to_thread(search.add, first, block)
-    count_vectors(run, embedder, sum(cache.found for cache in caches))
-    return search.result()
+    for folder, kept in ((query_folder, config.query_checkpoint), (key_folder, config.key_checkpoint)):
+        if not kept:
+            storage.remove(folder)
 
 
 if __name__ == "__main__":

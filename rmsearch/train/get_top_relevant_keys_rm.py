@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from pydantic import model_validator
+import numpy as np
 
+from rmsearch import engines
+from rmsearch.cli import main
 from rmsearch.datasets.corpus import CorpusIndex
 from rmsearch.errors import ConfigError
+from rmsearch.retrieval.candidates import KeyChoices, recorded_candidates
 from rmsearch.retrieval.corpus_search import (
     RetrievalFlags,
     check_correct_ids,
@@ -18,14 +20,11 @@ from rmsearch.retrieval.corpus_search import (
     read_questions,
     relevance_records,
 )
-from rmsearch.retrieval.rescoring import Pairs, candidate_pairs, score_pairs
-from rmsearch.scoring.timed import count_scores
-from rmsearch.stage import Run, ignored, main, model, option, source, stage, target, tuning
+from rmsearch.scoring.journaled import BlockEntries, count_scores, score_journaled
+from rmsearch.scoring.topk import TopK
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
 from rmsearch.storage.journal import Journal
 from rmsearch.storage.records import write_records
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class RewardKeysConfig(RetrievalFlags):
@@ -43,18 +42,6 @@ class RewardKeysConfig(RetrievalFlags):
     request_batch_size: int = tuning(128, "Scored pairs that are saved at a time.", ge=1)
     timeout: float = tuning(10000, "Seconds without any score after which to give up.", gt=0)
     checkpoint: str | None = tuning(None, "Where scores are saved as they come; by default beside the output.")
-    tag_tree: str | None = option(None, "Not there yet: routing by a tag tree. Use --candidates.")
-    tag2key_out: str | None = ignored(None, "belongs to --tag-tree.")
-    k_tag: int = ignored(2, "belongs to --tag-tree.")
-
-    @model_validator(mode="after")
-    def _no_tag_tree(self) -> RewardKeysConfig:
-        if self.tag_tree is not None:
-            raise ValueError(
-                "routing by a tag tree is not there yet; leave it away and narrow the keys down with --candidates, the "
-                "output of get_top_relevant_keys_embed"
-            )
-        return self
 
 
 NEXT = (
@@ -70,19 +57,20 @@ def get_top_relevant_keys_rm(config: RewardKeysConfig, run: Run) -> None:
     Scores are saved as they come: killed and started again, it pays for no saved pair twice. Candidates that do not fit
     the queries and keys named beside them are refused. df_id, query type and correct_id are carried over.
     """
-    with _pairs(config) as pairs:
-        positions, rewards = asyncio.run(_score(config, run, pairs))
-        write_records(config.output, relevance_records(pairs.questions, pairs.keys, positions, rewards, "relevance"))
-        run.counts |= {"queries": len(pairs.questions), "pairs": len(pairs)}
+    with _choices(config) as choices:
+        positions, rewards = asyncio.run(_score(config, run, choices))
+        records = relevance_records(choices.questions, choices.keys, positions, rewards, "relevance")
+        write_records(config.output, records)
+        run.counts["queries"] = len(choices.questions)
 
 
 @contextmanager
-def _pairs(config: RewardKeysConfig) -> Iterator[Pairs]:
+def _choices(config: RewardKeysConfig) -> Iterator[KeyChoices]:
     if config.candidates is None:
         questions = read_questions(config)
         with open_keys(config) as keys:
             check_correct_ids(questions, keys, config.correct_ids_json or config.queries)
-            yield Pairs(questions, keys)
+            yield KeyChoices(questions, keys)
         return
     if config.correct_ids_json and not config.queries:
         raise ConfigError("needs the queries", where="--correct-ids-json", remedy="Name them with --queries-json")
@@ -90,8 +78,8 @@ def _pairs(config: RewardKeysConfig) -> Iterator[Pairs]:
     with _keys_if_named(config) as keys:
         if asked is not None and keys is not None:
             check_correct_ids(asked, keys, config.correct_ids_json or config.queries)
-        with candidate_pairs(config.candidates, keys, asked) as pairs:
-            yield pairs
+        with recorded_candidates(config.candidates, keys, asked) as choices:
+            yield choices
 
 
 @contextmanager
@@ -103,22 +91,29 @@ def _keys_if_named(config: RewardKeysConfig) -> Iterator[CorpusIndex | None]:
         yield keys
 
 
-async def _score(config: RewardKeysConfig, run: Run, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    from rmsearch.engines import load_scorer
-
-    scorer = load_scorer(config.model_name, template=config.template, lora=config.lora, **config.engine_arguments())
+async def _score(config: RewardKeysConfig, run: Run, choices: KeyChoices) -> tuple[np.ndarray, np.ndarray]:
+    """(positions int64[n, k], rewards float32[n, k]): each query's best keys."""
+    arguments = config.engine_arguments()
+    scorer = engines.load_scorer(config.model_name, template=config.template, lora=config.lora, **arguments)
     try:
-        if scorer.contract is not None and scorer.contract.order == "key_first":
-            pairs = pairs.by_key()
+        pairs = choices.pairs(getattr(scorer.contract, "order", None) == "key_first")
+        best = TopK(len(choices.questions), min(config.k_key, len(choices.keys)))
         journal = Journal(config.checkpoint, run.fingerprint) if config.checkpoint else run.journal()
         with journal, run.progress(len(pairs), "pairs") as shown:
-            k = min(config.k_key, len(pairs.keys))
-            save, timeout = config.request_batch_size, config.timeout
-            positions, rewards, saved = await score_pairs(scorer, pairs, k, journal, shown, save=save, timeout=timeout)
+            saved = await score_journaled(
+                lambda: scorer,
+                pairs,
+                BlockEntries(journal, config.request_batch_size, sliced=True),
+                lambda positions, rewards: best.add(*pairs.locate(positions), rewards),
+                timeout=config.timeout,
+                where=config.model_name,
+                shown=shown,
+            )
+        run.counts["pairs"] = len(pairs)
         count_scores(run, scorer, from_journal=saved)
     finally:
         await scorer.close()
-    return positions, rewards
+    return best.snapshot()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import AdvancedSet
 from rmsearch.preferences.judge_flags import JudgeFlags
 from rmsearch.preferences.judges import Contest, Judged
 from rmsearch.preferences.judging import as_messages, judge_sets, preference
 from rmsearch.preferences.verdicts import without_circles
-from rmsearch.stage import Run, main, stage
+from rmsearch.stage import Run, stage
 from rmsearch.storage.records import read_models
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import SampledSet
 from rmsearch.preferences.judge_flags import JudgeFlags
 from rmsearch.preferences.judges import Comparison, Contest, Judged
 from rmsearch.preferences.judging import as_messages, judge_sets, preference
 from rmsearch.preferences.verdicts import Verdict
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.stage import Run, option, stage
 from rmsearch.storage.records import read_models
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from rmsearch.stage import Run, main, option, stage
+from rmsearch.cli import main
+from rmsearch.stage import Run, option, stage
 from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
+from rmsearch.trainer.export import export
+from rmsearch.trainer.fit import encode_files, fit, prepare_training
 from rmsearch.trainer.losses import PairLoss
+from rmsearch.trainer.model import prepare_base
 
 
 class LoraConfig(TrainingConfig):
     """Config of `rmsearch train lora`."""
 
-    loss: PairLoss = option("bradley-terry", "bradley-terry, listwise, margin-mse or soft.")
+    loss: PairLoss = option("bradley-terry", "Loss to minimise: bradley-terry, listwise, margin-mse or soft.")
 
 
 @stage("train.lora", next_step="rmsearch evaluation rerank --model-name {output_dir} --embed-output …")
@@ -23,11 +28,11 @@ def lora(config: LoraConfig, run: Run) -> None:
     on from its newest complete checkpoint when the same command is given again. Several GPUs:
     accelerate launch -m rmsearch.train.lora …
     """
-    from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
-    from rmsearch.trainer.fit import encoded_sides, fit, prepare_base
-
     base = prepare_base(config, peek_template(config.dataset_list_train))
-    fit(config, run, base, *encoded_sides(config, run, base, read_pairs, encode_pairs))
+    train, test = encode_files(config, run, base, read_pairs, encode_pairs)
+    training = prepare_training(config, run, base, train, test)
+    trainer = fit(training)
+    export(training, trainer)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
-"""The documented name of `rmsearch.train.lora`: ``python -m rmsearch.train.lora_example …``."""
+"""A documented name of `rmsearch.train.lora`."""
 
-from __future__ import annotations
-
-from rmsearch.stage import main
-from rmsearch.train.lora import LoraConfig, lora
-
-__all__ = ["LoraConfig", "lora"]
+from rmsearch.train.lora import lora, main
 
 if __name__ == "__main__":
     main(lora)

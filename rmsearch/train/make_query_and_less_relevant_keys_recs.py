@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import KeyLadder
 from rmsearch.preferences.ladder_order import OrderFlags, verified
 from rmsearch.preferences.ladders import (
@@ -23,7 +24,7 @@ from rmsearch.preferences.ladders import (
     string,
     strings,
 )
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 from rmsearch.storage.records import read_models, write_records
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English text has, so that an answer ends before --max-tokens

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import QueryChoices, QueryLadder
 from rmsearch.errors import ConfigError
 from rmsearch.preferences.ladders import (
@@ -21,7 +22,7 @@ from rmsearch.preferences.ladders import (
     some_ladders,
     strings,
 )
-from rmsearch.stage import Run, ignored, main, option, stage
+from rmsearch.stage import Run, ignored, option, stage
 from rmsearch.storage.records import read_models, write_records
 
 LONG_ANSWERS = 6000  # tokens, of variant 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rmsearch.stage import main, option
+from rmsearch.cli import main
+from rmsearch.stage import option
 from rmsearch.train.make_query_dpo_pairs import QueryPairsConfig, make_query_dpo_pairs
 
 

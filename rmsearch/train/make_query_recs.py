@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
 from rmsearch.datasets.corpus import CorpusFlags
 from rmsearch.engines.generation import Generation
@@ -14,7 +15,7 @@ from rmsearch.llm.asking import GeneratorFlags, Question, ask
 from rmsearch.llm.budget import Fitting
 from rmsearch.llm.instructions import instruction
 from rmsearch.llm.languages import language
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 from rmsearch.storage.records import write_records
 
 

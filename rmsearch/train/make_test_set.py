@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from rmsearch.cli import main
 from rmsearch.datasets.beir import Beir
 from rmsearch.datasets.chain import QueryRecord, RelevanceRecord
 from rmsearch.datasets.records import PreferencePair
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.flags import DatasetFlags, note_dataset
 from rmsearch.preferences.negatives import Negatives, Positives, at_random, same_text, shuffled
-from rmsearch.stage import Run, main, option, source, stage, target
+from rmsearch.stage import Run, option, source, stage, target
 from rmsearch.storage.records import read_models, write_records
 
 

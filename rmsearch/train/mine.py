@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import field_validator
 
+from rmsearch.cli import main
 from rmsearch.datasets.beir import Beir
 from rmsearch.errors import ConfigError
 from rmsearch.flags import DatasetFlags, count_missing_keys
@@ -23,7 +24,7 @@ from rmsearch.retrieval.rankers import (
     read_rankings,
     similar_queries,
 )
-from rmsearch.stage import Run, main, model, option, source, stage, target, tuning
+from rmsearch.stage import Run, model, option, source, stage, target, tuning
 from rmsearch.storage.records import write_records
 
 

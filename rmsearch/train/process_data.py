@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+from rmsearch.cli import main
 from rmsearch.datasets.corpus import IdentifiedRow, distinct, find_id_column, located_records, numbered
 from rmsearch.datasets.hub import hub_rows
 from rmsearch.datasets.reservoir import reservoir
 from rmsearch.datasets.tables import TableRow, TableWriter, plain_values, whole_folder
 from rmsearch.errors import ConfigError, InputMissingError, RecordError, RMSearchError
-from rmsearch.stage import Run, StageConfig, main, option, source, stage, target
+from rmsearch.stage import Run, StageConfig, option, source, stage, target
 from rmsearch.storage import uri as storage
 from rmsearch.storage.records import read_json
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from rmsearch.cli import main
 from rmsearch.datasets.chain import SampledSet
 from rmsearch.preferences.queries import LabelledQuery, SampleFlags
 from rmsearch.preferences.sampling import Sampler, write_samples
-from rmsearch.stage import Run, main, option, stage, target
+from rmsearch.stage import Run, option, stage, target
 
 
 class SampleConfig(SampleFlags):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmsearch.preferences.orders import implied
-
-if TYPE_CHECKING:
-    from rmsearch.trainer.data import Encoded
+from rmsearch.trainer.data import Encoded
 
 _CHUNK = 32  # batches that are sorted by length together
 PAD_MULTIPLE = 8
@@ -98,13 +96,13 @@ class PairCollator:
 
 def _whole_order(chosen: np.ndarray, rejected: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, ...]:
     """Chosen, rejected and row of all pairs that the pairs of each row imply."""
-    found = []
+    parts = []
     for number in range(row[-1] + 1):
         own = row == number
         members, place = np.unique(np.concatenate([chosen[own], rejected[own]]), return_inverse=True)
         pairs = np.asarray(implied(len(members), list(zip(*place.reshape(2, -1).tolist(), strict=True))))
-        found.append((members[pairs[:, 0]], members[pairs[:, 1]], np.full(len(pairs), number)))
-    return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+        parts.append((members[pairs[:, 0]], members[pairs[:, 1]], np.full(len(pairs), number)))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def padded(inputs: Sequence[np.ndarray], pad: int, limit: int) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rmsearch.errors import ConfigError
+from rmsearch.errors import ConfigError, InputMissingError
 from rmsearch.models.contract import Contract, write_contract
+from rmsearch.storage import uri
+from rmsearch.storage.folders import cache_folder
 
 MARKER = "rmsearch_checkpoint.json"
 STATE = ".training"
@@ -25,15 +27,12 @@ class Checkpoints:
     """The checkpoints of one run of a training stage.
 
     output: the model folder, a path or s3:// URI. work: the local folder where the trainer writes; the output itself
-    when that is local.
+    when that is local. contract: goes into every checkpoint, so that each can be converted and used.
     """
 
-    def __init__(self, output: str, fingerprint: str, settings: dict[str, Any]) -> None:
-        from rmsearch.storage import uri
-        from rmsearch.storage.folders import cache_folder
-
+    def __init__(self, output: str, fingerprint: str, settings: dict[str, Any], contract: Contract) -> None:
         self.output, self.fingerprint, self.settings = output.rstrip("/"), fingerprint, settings
-        self.contract: Contract | None = None  # goes into every checkpoint, so that each can be converted and used
+        self.contract = contract
         self.remote = uri.is_s3(output)
         mark = hashlib.sha256(f"{self.output} {fingerprint}".encode()).hexdigest()[:24]
         self.work = cache_folder() / "training" / mark if self.remote else Path(output).expanduser()
@@ -55,10 +54,10 @@ class Checkpoints:
                 where=self.output,
                 remedy="Give the same settings to go on, another --output-dir, or --force to delete it and start anew",
             )
-        found = None
+        newest = None
         for folder in sorted(self.work.glob("checkpoint-*"), key=_number, reverse=True):
-            if found is None and not anew and self._is_mine(folder):
-                found = folder
+            if newest is None and not anew and self._is_mine(folder):
+                newest = folder
             elif anew or not self._is_mine(folder):
                 shutil.rmtree(folder)
         if anew or former is None or former["fingerprint"] != self.fingerprint:
@@ -67,7 +66,7 @@ class Checkpoints:
         state.write_text(json.dumps({"fingerprint": self.fingerprint, "settings": self.settings}))
         if self.remote:
             self._send_state()
-        return found
+        return newest
 
     def _is_mine(self, folder: Path) -> bool:
         marker = folder / MARKER
@@ -80,16 +79,13 @@ class Checkpoints:
     def complete(self, step: int) -> None:
         """Marks checkpoint-``step`` as complete (and sends it to S3)."""
         folder = self.work / f"checkpoint-{step}"
-        if self.contract is not None:
-            write_contract(folder, self.contract)
+        write_contract(folder, self.contract)
         temp = folder / f"{MARKER}.tmp"
         temp.write_text(json.dumps({"fingerprint": self.fingerprint, "step": step}))
         temp.rename(folder / MARKER)
         self.drop_best(but_last=True)  # not before: a run that resumes earlier may need an older one
         if not self.remote:
             return
-        from rmsearch.storage import uri
-
         uri.upload_folder(folder, uri.join(self.output, folder.name))
         self._send_state()
         kept = {each.name for each in self.work.glob("checkpoint-*")}
@@ -116,40 +112,30 @@ class Checkpoints:
         for step in [s for s in steps if after is not None and s > after] + (steps[:-1] if but_last else []):
             (self.work / STATE / f"best-{step}.safetensors").unlink(missing_ok=True)
 
-    def best_weights(self, step: int) -> dict[str, Any] | None:
+    def best_weights(self, step: int) -> dict[str, Any]:
         """The kept weights of that step."""
         from safetensors.torch import load_file
 
-        path = self.work / STATE / f"best-{step}.safetensors"
-        return load_file(path) if path.exists() else None
+        return load_file(self.work / STATE / f"best-{step}.safetensors")
 
     def finish(self) -> None:
         """The model is exported: forgets the best weights and the unfinished run; checkpoints stay."""
         shutil.rmtree(self.work / STATE, ignore_errors=True)
         if self.remote:
-            from rmsearch.storage import uri
-
             uri.remove(uri.join(self.output, STATE))
             shutil.rmtree(self.work, ignore_errors=True)
 
     def _remote_checkpoints(self) -> set[str]:
-        from rmsearch.storage import uri
-
         if not uri.is_folder(self.output):
             return set()
         tops = {each.removeprefix(self.output + "/").split("/")[0] for each in uri.list_files(self.output)}
         return {top for top in tops if _NUMBERED.fullmatch(top)}
 
     def _send_state(self) -> None:
-        from rmsearch.storage import uri
-
         uri.upload_folder(self.work / STATE, uri.join(self.output, STATE))
 
     def _fetch(self, anew: bool) -> None:
         """Brings the newest complete remote checkpoint (and the best weights) here, unless it is here already."""
-        from rmsearch.errors import InputMissingError
-        from rmsearch.storage import uri
-
         if not uri.is_folder(self.output):
             return
         names = sorted(self._remote_checkpoints(), key=lambda name: -int(name.partition("-")[2]))
@@ -160,11 +146,11 @@ class Checkpoints:
         for name in [*names[:2], STATE]:
             target = self.work / name
             try:
-                found = uri.fetch_folder(uri.join(self.output, name))
+                fetched = uri.fetch_folder(uri.join(self.output, name))
             except InputMissingError:  # its upload broke off
                 continue
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(found, target)
+            shutil.copytree(fetched, target)
 
 
 def _number(folder: Path) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
 from rmsearch.prompts.templates import Order
-from rmsearch.stage import StageConfig, ignored, model, option, source, target, tuning
+from rmsearch.stage import StageConfig, fields_with_role, ignored, model, option, source, target, tuning
 from rmsearch.trainer.losses import Loss
 
 
@@ -30,7 +30,9 @@ class TrainingConfig(StageConfig):
     )
     max_characters: int | None = ignored(4000, "texts are cut by tokens, see --max-length.")
     template: str | None = option(None, "Prompt template; default: the base's own, else encoder, chat or plain.")
-    order: Order | None = option(None, "query_first or key_first, when the template leaves it open.")
+    order: Order | None = option(
+        None, "Order of query and key: query_first or key_first, when the template leaves it open."
+    )
 
     per_device_train_batch_size: int = option(16, "Pairs per step and device (upstream: 3).", ge=1)
     per_device_eval_batch_size: int = tuning(
@@ -43,14 +45,18 @@ class TrainingConfig(StageConfig):
     )
     time_limit_minutes: float | None = tuning(None, "Stop after so long, keeping what is best so far.", gt=0)
     learning_rate: float | None = option(
-        None, "Default: LoRA 5e-4 for encoders and 1e-4 for decoders, all weights 5e-5 and 1e-5.", gt=0
+        None, "Learning rate; default: LoRA 5e-4 for encoders and 1e-4 for decoders, all weights 5e-5 and 1e-5.", gt=0
     )
-    head_learning_rate: float | None = option(None, "Of the head and the pooler; default: the same.", gt=0)
-    lr_scheduler_type: str = option("linear", "linear, cosine, constant, constant_with_warmup, …")
+    head_learning_rate: float | None = option(
+        None, "Learning rate of the head and the pooler; default: --learning-rate.", gt=0
+    )
+    lr_scheduler_type: str = option(
+        "linear", "Schedule of the learning rate: linear, cosine, constant, constant_with_warmup, …"
+    )
     warmup_ratio: float = option(0.05, "Share of the steps over which the rate rises.", ge=0, lt=1)
     weight_decay: float = option(0.0, "AdamW's weight decay.", ge=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", ge=0)
-    loss: Loss = option("bradley-terry", "What is minimised; each trainer names those it has.")
+    loss: Loss = option("bradley-terry", "Loss to minimise; each trainer names those it has.")
     margin_scale: float = option(1.0, "Factor on the pairs' margins; 0 ignores them.", ge=0)
     center_rewards: float | None = option(None, "Weight of (chosen + rejected)², which keeps rewards around 0.", ge=0)
     dropout: float = option(0.0, "Dropout of the base model while training (TRL: 0).", ge=0, lt=1)
@@ -61,24 +67,26 @@ class TrainingConfig(StageConfig):
         0.0, "Dropout before LoRA's first matrix (upstream's 0.1 was switched off by TRL).", ge=0, lt=1
     )
     lora_targets: str = option("auto", "Linear layers by name, comma-separated; auto: all of attention and MLP.")
-    lora_layers: str = option("all", "all, last-N, 25,26,27 or 13-27 (upstream: 25,26,27, whatever the model).")
+    lora_layers: str = option(
+        "all", "Layers that get LoRA: all, last-N, 25,26,27 or 13-27 (upstream: 25,26,27, whatever the model)."
+    )
     pooler: Literal["keep", "new", "identity"] = option(
         "keep", "An encoder's pooler starts from the base's weights, anew, or as the identity; it is trained in full."
     )
     train_embeddings: bool = option(True, "With --lora-r 0: train the embeddings too.")
     dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        "bf16: forward and backward in bfloat16 autocast, a bfloat16 base kept so under LoRA; auto: bf16 where the "
-        "machine is fast at it (and the base kept so on a GPU).",
+        "Precision. bf16: forward and backward in bfloat16 autocast, a bfloat16 base kept so under LoRA; auto: bf16 "
+        "where the machine is fast at it (and the base kept so on a GPU).",
     )
     gradient_checkpointing: bool = tuning(False, "Recompute activations: less memory, about 30 % slower.")
-    seed: int = option(42, "Of the order of pairs, new weights and dropout.", ge=0)
+    seed: int = option(42, "Seed of the order of pairs, new weights and dropout.", ge=0)
 
     evaluation_steps: int = option(40, "Evaluate every so many steps, and before the first and after the last.", ge=1)
     max_eval_pairs: int = option(500, "Evaluate on at most so many of the test pairs; 0: all.", ge=0)
     dev_dataset_path: str | None = source(None, "BEIR data set for nDCG@10 while training (folder, zip, URI or name).")
-    dev_split: str = option("dev", "Its split.")
-    dev_embed_output: str | None = source(None, "First-stage run over that split: its candidates are scored.")
+    dev_split: str = option("dev", "Split of the dev data set.")
+    dev_embed_output: str | None = source(None, "First-stage run over the dev split; its candidates are scored.")
     dev_top_k: int = option(20, "Candidates per dev query.", ge=1)
     dev_queries: int = option(100, "Dev queries to use at most; 0: all.", ge=0)
 
@@ -102,3 +110,8 @@ class TrainingConfig(StageConfig):
         if self.lora_r:
             return 5e-4 if encoder else 1e-4
         return 5e-5 if encoder else 1e-5
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        skipped = {*fields_with_role(type(self), "tuning"), *fields_with_role(type(self), "target")}
+        return self.model_dump(mode="json", exclude=skipped)

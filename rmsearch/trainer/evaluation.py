@@ -1,20 +1,25 @@
-"""Scores with the model that is being trained: pairwise accuracy and nDCG@10, on every process together."""
+"""What is measured of the model that is being trained: pairwise accuracy and nDCG@10, on every process together."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from rmsearch.datasets.beir import load_beir
+from rmsearch.errors import ConfigError
+from rmsearch.metrics.measures import ndcg
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.retrieval.runs import read_run
 from rmsearch.trainer.batches import padded
+from rmsearch.trainer.config import TrainingConfig
 from rmsearch.trainer.data import Encoded, Table
 
-if TYPE_CHECKING:
-    from rmsearch.prompts.renderer import Renderer
-
+PAIRS, DEV = "eval_accuracy", "eval_ndcg@10"
+MeasuredAt = tuple[int, dict[str, float]]
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
@@ -32,36 +37,32 @@ class DevSet:
 
     def ndcg(self, rewards: np.ndarray, k: int = 10) -> float:
         """Mean nDCG@k of the candidates ranked by ``rewards`` (float32[len(inputs)])."""
-        from rmsearch.metrics.measures import ndcg
-
         run = {q: {key: float(rewards[i]) for key, i in keys.items()} for q, keys in self.candidates.items()}
         return ndcg(self.qrels, run, k)
 
 
-def load_dev(
-    dataset: str, split: str, run_uri: str, renderer: Renderer, *, top_k: int, most_queries: int, seed: int
-) -> DevSet:
-    """Reads a BEIR split and a first-stage run over it and renders the candidates.
+def load_dev(config: TrainingConfig, renderer: Renderer) -> DevSet | None:
+    """Reads the BEIR split and the first-stage run over it that the config names, if any, and renders the candidates.
 
-    top_k: candidates per query; most_queries: take at most so many queries, the same ones for a seed (0: all).
-    Raises the loaders' errors, and ConfigError when the run holds none of the split's queries.
+    Raises the loaders' errors, and ConfigError when one of the two is not given, or the run holds none of the split's
+    queries.
     """
-    from rmsearch.datasets.beir import load_beir
-    from rmsearch.errors import ConfigError
-    from rmsearch.metrics.measures import ndcg
-    from rmsearch.retrieval.runs import read_run
-
+    dataset, split, run_uri = config.dev_dataset_path, config.dev_split, config.dev_embed_output
+    if dataset is None and run_uri is None:
+        return None
+    if dataset is None or run_uri is None:
+        raise ConfigError("nDCG needs both", where="--dev-dataset-path and --dev-embed-output")
     data, run = load_beir(dataset, split), read_run(run_uri)
     queries = sorted(query for query in data.queries if query in run)
     if not queries:
         remedy = f"Run embed with --split {split}"
         raise ConfigError(f"holds no query of the split {split!r}", where=run_uri, remedy=remedy)
-    if most_queries and len(queries) > most_queries:
-        picked = np.random.default_rng(seed).choice(len(queries), most_queries, replace=False)
+    if 0 < config.dev_queries < len(queries):
+        picked = np.random.default_rng(config.seed).choice(len(queries), config.dev_queries, replace=False)
         queries = [queries[i] for i in sorted(picked)]
     table, candidates = Table(renderer), {}
     for query in queries:
-        keys = list(run[query])[:top_k]
+        keys = list(run[query])[: config.dev_top_k]
         if unknown := next((key for key in keys if key not in data.corpus), None):
             remedy = "Give the run of this data set"
             raise ConfigError(f"the key id {unknown!r} is not in {dataset}", where=run_uri, remedy=remedy)
@@ -70,6 +71,43 @@ def load_dev(
     qrels = {query: data.qrels[query] for query in queries}
     first = ndcg(qrels, {query: {key: run[query][key] for key in candidates[query]} for query in queries})
     return DevSet(table.inputs, candidates, qrels, first)
+
+
+@dataclass
+class Evaluation:
+    """What is measured while training: pairs, a dev set, both or nothing."""
+
+    pairs: Encoded | None = None
+    dev: DevSet | None = None
+    history: list[MeasuredAt] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str | None:
+        """The measure that the best checkpoint is chosen by."""
+        return DEV if self.dev else PAIRS if self.pairs else None
+
+    def measure(self, score: Callable[[list[np.ndarray]], np.ndarray], margin_scale: float) -> dict[str, float]:
+        """All measures of the model as it is."""
+        measures: dict[str, float] = {}
+        if self.pairs is not None:
+            of_pairs = pair_metrics(self.pairs, score(self.pairs.inputs), margin_scale)
+            measures |= {f"eval_{name}": value for name, value in of_pairs.items()}
+        if self.dev is not None:
+            measures[DEV] = self.dev.ndcg(score(self.dev.inputs))
+        return measures
+
+    def rank(self, measured: dict[str, float]) -> tuple[float, float]:
+        """Sorts measurements: the metric, then the lower loss."""
+        return measured[self.metric or PAIRS], -measured.get("eval_loss", 0.0)
+
+    def base(self) -> dict[str, float] | None:
+        """The measures before the first step."""
+        return next((measured for step, measured in self.history if step == 0), None)
+
+    def best(self) -> MeasuredAt | None:
+        """The best measured step after the start; of equals the earliest."""
+        trained = [each for each in self.history if each[0] > 0]
+        return max(trained, key=lambda each: (self.rank(each[1]), -each[0])) if trained else None
 
 
 def score_inputs(

@@ -10,59 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmsearch.progress import say
 from rmsearch.trainer.batches import PairCollator, PairSampler
-from rmsearch.trainer.evaluation import DevSet, pair_metrics, score_inputs
+from rmsearch.trainer.checkpoints import Checkpoints
+from rmsearch.trainer.config import TrainingConfig
+from rmsearch.trainer.data import Encoded
+from rmsearch.trainer.evaluation import Evaluation, score_inputs
 from rmsearch.trainer.losses import preference_loss
-
-if TYPE_CHECKING:
-    from rmsearch.trainer.checkpoints import Checkpoints
-    from rmsearch.trainer.config import TrainingConfig
-    from rmsearch.trainer.data import Encoded
-
-PAIRS, DEV = "eval_accuracy", "eval_ndcg@10"
-MeasuredAt = tuple[int, dict[str, float]]
-
-
-@dataclass
-class Evaluation:
-    """What is measured while training: pairs, a dev set, both or nothing."""
-
-    pairs: Encoded | None = None
-    dev: DevSet | None = None
-    history: list[MeasuredAt] = field(default_factory=list)
-
-    @property
-    def metric(self) -> str | None:
-        """The measure that the best checkpoint is chosen by."""
-        return DEV if self.dev else PAIRS if self.pairs else None
-
-    def measure(self, score: Callable[[list[np.ndarray]], np.ndarray], margin_scale: float) -> dict[str, float]:
-        """All measures of the model as it is."""
-        found: dict[str, float] = {}
-        if self.pairs is not None:
-            measured = pair_metrics(self.pairs, score(self.pairs.inputs), margin_scale)
-            found |= {f"eval_{name}": value for name, value in measured.items()}
-        if self.dev is not None:
-            found[DEV] = self.dev.ndcg(score(self.dev.inputs))
-        return found
-
-    def rank(self, measured: dict[str, float]) -> tuple[float, float]:
-        """Sorts measurements: the metric, then the lower loss."""
-        return measured[self.metric or PAIRS], -measured.get("eval_loss", 0.0)
-
-    def base(self) -> dict[str, float] | None:
-        """The measures before the first step."""
-        return next((measured for step, measured in self.history if step == 0), None)
-
-    def best(self) -> MeasuredAt | None:
-        """The best measured step after the start; of equals the earliest."""
-        trained = [each for each in self.history if each[0] > 0]
-        return max(trained, key=lambda each: (self.rank(each[1]), -each[0])) if trained else None
 
 
 def training_arguments(config: TrainingConfig, work: Path, *, encoder: bool, bf16: bool) -> Any:
@@ -250,23 +208,27 @@ class Stop:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Catches SIGTERM and Ctrl-C while training; a second one ends at once."""
+        """Take the first SIGTERM or Ctrl-C while training; a second one is the command's and ends at once."""
+        former = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for each, handler in former.items():
+                signal.signal(each, handler)
 
         def note(signum: int, _: Any) -> None:
-            if self.signalled:
-                raise KeyboardInterrupt(signal.Signals(signum).name)
             self.signalled = True
+            restore()
 
         try:
-            former = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
+            for each in former:
+                signal.signal(each, note)
         except ValueError:  # not the main thread: signals stay with it
             yield
             return
         try:
             yield
         finally:
-            for each, handler in former.items():
-                signal.signal(each, handler)
+            restore()
 
     def due(self) -> bool:
         """Whether to stop now; the same answer on every process."""

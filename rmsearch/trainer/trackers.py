@@ -6,11 +6,10 @@ import importlib
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rmsearch.stage import Run
-    from rmsearch.trainer.config import TrainingConfig
+from rmsearch.stage import Run
+from rmsearch.trainer.config import TrainingConfig
 
 
 def tracker_callbacks(config: TrainingConfig, run: Run, work: Path) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 from fake_models import use_fakes
 from tiny_sets import write_beir
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.bm25 import bm25
@@ -93,8 +93,8 @@ def test_embed_and_report(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     execute(bm25, **options())
     runs = ["embed=relevance_dict_embed_eval.json", "bm25=relevance_dict_bm25_eval.json"]
     assert execute(report, **options(run=runs, examples=20)).counts["missing_keys"] == 2
-    page = Path("report.html").read_text()
-    assert "gone1" not in page or "(not in the corpus)" in page
+    report_of_defaults = execute(report, run=runs, output="again.html")
+    assert report_of_defaults.counts["queries"] == 11, "the share comes with the data set of the first run's record"
 
 
 def test_training_data_has_the_others_only(tiny: str) -> None:

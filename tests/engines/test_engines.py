@@ -16,12 +16,15 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.engines import load_embedder, load_generator, load_scorer, pick_engine
+from rmsearch.engines import load_embedder, load_generator, load_scorer
 from rmsearch.engines.embedding import prefixes, resolve_embedding
 from rmsearch.engines.generation import Generation, Sampling
+from rmsearch.engines.options import pick_engine
 from rmsearch.errors import ConfigError, ContractError, InputMissingError, ModelError
-from rmsearch.models.contract import load_json, make_contract, read_contract, tensor_names, write_contract
+from rmsearch.models.contract import load_json, read_contract, write_contract
+from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import causal_to_classifier
+from rmsearch.models.resolve import make_contract
 from rmsearch.prompts.templates import template
 
 QUERIES = ["which gene is in cancer", "weather", "", "price of the train " * 9]
@@ -78,7 +81,7 @@ def test_token_types_follow_the_contract(tmp_path: Path) -> None:
 
     folder = tiny_models.bert_cross_encoder(tmp_path / "bert")
     segment = score(folder)
-    write_contract(folder, make_contract(folder, template("encoder"), 512))
+    write_contract(folder, make_contract(ModelFolder(folder), template("encoder"), 512))
     zero = score(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -164,14 +167,14 @@ def test_yes_no_reranker_as_released_and_converted(tmp_path: Path, tied: bool) -
     folder = tiny_models.causal_model(tmp_path / "Tiny-Reranker", tied=tied)
     expected = yes_no_logits(folder)
     assert np.abs(score(folder) - expected).max() <= 1e-5
-    out = causal_to_classifier(folder, tmp_path / "converted")
-    assert "lm_head.weight" not in tensor_names(out)
+    out = causal_to_classifier(ModelFolder(folder), tmp_path / "converted").path
+    assert "lm_head.weight" not in ModelFolder(out).tensors
     contract = read_contract(out)
     assert contract is not None
     assert (contract.template.name, contract.architecture) == ("qwen3_reranker", "Qwen3ForSequenceClassification")
     assert np.abs(score(out) - expected).max() <= 1e-5
     with pytest.raises(ModelError, match="needs no conversion"):
-        causal_to_classifier(out, tmp_path / "again")
+        causal_to_classifier(ModelFolder(out), tmp_path / "again")
 
 
 def test_conversion_works_shard_by_shard(tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_conversion_works_shard_by_shard(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
     (folder / "model.safetensors").unlink()
     assert len(list(folder.glob("*.safetensors"))) > 2
-    assert np.abs(score(causal_to_classifier(folder, tmp_path / "out")) - expected).max() <= 1e-5
+    assert np.abs(score(causal_to_classifier(ModelFolder(folder), tmp_path / "out").path) - expected).max() <= 1e-5
 
 
 def test_heads_under_other_names(tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_adapter_folder_brings_its_base(tmp_path: Path, family: str) -> None:
         base = tiny_models.decoder_reward_model(tmp_path / "base")
     adapter = tiny_models.lora_adapter(tmp_path / "adapter", base)
     name = "encoder" if family == "bert" else "chat"
-    write_contract(adapter, make_contract(base, template(name), 128))
+    write_contract(adapter, make_contract(ModelFolder(base), template(name), 128))
     scores = score(adapter)
     assert np.array_equal(scores, score(base, lora=str(adapter)))
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -322,15 +325,15 @@ def test_models_own_prompts_and_limits(tmp_path: Path) -> None:
     folder = tiny_models.sentence_encoder(tmp_path / "encoder")
     own = {"prompts": {"query": "ask: ", "document": "doc: "}}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(own))
-    spec = resolve_embedding(folder, "x")
+    spec = resolve_embedding(ModelFolder(folder, "x"))
     assert (spec.query_prefix, spec.key_prefix, spec.max_length, spec.pooling) == ("ask: ", "doc: ", 64, "mean")
-    assert resolve_embedding(folder, "x", query_instruction="", max_length=32).query_prefix == ""
+    assert resolve_embedding(ModelFolder(folder, "x"), query_instruction="", max_length=32).query_prefix == ""
     with pytest.raises(ConfigError, match="512 positions"):
-        resolve_embedding(folder, "x", max_length=600)
+        resolve_embedding(ModelFolder(folder, "x"), max_length=600)
     weighted = {"pooling_mode_weightedmean_tokens": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(weighted))
     with pytest.raises(ModelError, match="pooling other than"):
-        resolve_embedding(folder, "x")
+        resolve_embedding(ModelFolder(folder, "x"))
 
 
 def test_text_and_its_limits(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ import pytest
 import tiny_models
 from vllm_server import vllm_server
 
-from rmsearch.engines import http, load_embedder, load_generator, load_scorer
+from rmsearch.engines import load_embedder, load_generator, load_scorer, server
 from rmsearch.engines.generation import Sampling
 from rmsearch.errors import ConfigError, ModelError, RetryableError
-from rmsearch.models.contract import make_contract, write_contract
+from rmsearch.models.contract import write_contract
+from rmsearch.models.folder import ModelFolder
+from rmsearch.models.resolve import make_contract
 from rmsearch.prompts.templates import template
 
 Answer = tuple[int, Any]
@@ -86,8 +88,8 @@ def serve() -> Iterator[Callable[..., Scripted]]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(http, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.05)
 
 
 def reward(query: str, key: str) -> float:
@@ -219,7 +221,7 @@ def test_own_model_is_sent_as_ids_and_checked_against_the_server(
     serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
     folder = tiny_models.decoder_reward_model(tmp_path / "qwen3")
-    write_contract(folder, make_contract(folder, template("plain"), 64))
+    write_contract(folder, make_contract(ModelFolder(folder), template("plain"), 64))
 
     def answer(path: str, body: Any) -> Answer:
         items = [{"index": i, "probs": [float(sum(ids))]} for i, ids in enumerate(body["input"])]
@@ -281,11 +283,11 @@ def test_vectors_and_answers_from_a_foreign_server(serve: Callable[..., Scripted
 def test_real_server_agrees_with_transformers(tmp_path: Path, family: str) -> None:
     if family == "qwen3":
         folder = tiny_models.decoder_reward_model(tmp_path / "model")
-        write_contract(folder, make_contract(folder, template("chat_key_first"), 128))
+        write_contract(folder, make_contract(ModelFolder(folder), template("chat_key_first"), 128))
     else:
         folder = tiny_models.bert_cross_encoder(tmp_path / "model")
         name = "encoder" if family == "bert" else "encoder_segment"
-        write_contract(folder, make_contract(folder, template(name), 128))
+        write_contract(folder, make_contract(ModelFolder(folder), template(name), 128))
     pairs = [(q, k) for q in ("which gene", "weather " * 80) for k in ("protein " * 3, "key " * 200, "", "salt")]
     local = load_scorer(str(folder), engine="transformers")
     expected = asyncio.run(local.score(pairs))

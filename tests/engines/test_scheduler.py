@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from rmsearch.engines import pairs as pairs_module
 from rmsearch.engines import scheduler as scheduler_module
 from rmsearch.engines.dispatch import Limits, split_batches
+from rmsearch.engines.pairs import NumberedPairs
 from rmsearch.engines.scheduler import PairScorer
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.prompts.renderer import Renderer, template
+from rmsearch.prompts.renderer import Renderer
+from rmsearch.prompts.templates import template
 
 TEXTS = st.sampled_from(["", "a", "b", "gene", "protein cancer", "weather " * 5, "price of train " * 20])
 PAIRS = st.lists(st.tuples(TEXTS, TEXTS), max_size=40)
@@ -104,14 +106,55 @@ def test_every_pair_is_answered_in_its_place_and_sent_once(
     assert backend.most_at_once <= in_flight
 
 
+async def gathered(scorer: PairScorer, pairs: Any) -> dict[int, float]:
+    """All answers of a stream by position, each of which comes once."""
+    answers: dict[int, float] = {}
+    async for positions, rewards in scorer.stream(pairs):
+        for position, reward in zip(positions.tolist(), rewards.tolist(), strict=True):
+            assert position not in answers
+            answers[position] = reward
+    return answers
+
+
 @settings(max_examples=60, deadline=None)
-@given(queries=st.lists(TEXTS, max_size=6), keys=st.lists(TEXTS, max_size=6))
-def test_grid_scores_unique_texts_once(queries: list[str], keys: list[str]) -> None:
+@given(
+    queries=st.lists(TEXTS, max_size=6),
+    keys=st.lists(TEXTS, max_size=6),
+    window=st.integers(1, 20),
+    key_first=st.booleans(),
+    part=st.one_of(st.none(), st.lists(st.integers(0, 35), max_size=12)),
+)
+def test_numbered_pairs_are_answered_in_their_places_and_unique_texts_scored_once(
+    queries: list[str], keys: list[str], window: int, key_first: bool, part: list[int] | None
+) -> None:
+    """A whole grid, and some of its pairs, which may come again."""
+    pairs = NumberedPairs(queries, keys, key_first=key_first)
+    if part is not None and len(pairs):
+        pairs = pairs.at(np.array(part, np.int64) % len(pairs))
     backend = Backend()
-    grid = asyncio.run(PairScorer(backend, RENDERER, None).score_grid(queries, keys))
-    assert grid.shape == (len(queries), len(keys))
-    assert grid.reshape(-1).tolist() == expected([(q, k) for q in queries for k in keys])
-    assert len(backend.sent) == len(set(queries)) * len(set(keys))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_module, "WINDOW", window)
+        answers = asyncio.run(gathered(PairScorer(backend, RENDERER, None), pairs))
+    assert [answers[i] for i in range(len(pairs))] == expected(list(pairs))
+    assert len(backend.sent) == len(set(pairs))
+    if part is None:
+        assert sorted(pairs) == sorted((q, k) for q in queries for k in keys)
+        assert len(backend.sent) == len(set(queries)) * len(set(keys))
+
+
+@pytest.mark.parametrize("order", ["query_first", "key_first"])
+def test_a_prefix_cache_gets_the_shared_beginnings_of_numbered_pairs_together(order: str) -> None:
+    class Contract:
+        pass
+
+    Contract.order = order  # type: ignore[attr-defined]
+    name = "encoder_key_first" if order == "key_first" else "encoder_segment"
+    backend = Backend(padded=False, prefix_cache=True, batch_size=100, batch_tokens=10**6, in_flight=1)
+    scorer = PairScorer(backend, Renderer(tiny_models.bert_tokenizer(), template(name), 48), Contract())  # type: ignore[arg-type]
+    texts = [f"query {i}" for i in range(7)], [f"key {i}" for i in range(5)]
+    asyncio.run(gathered(scorer, NumberedPairs(*texts, key_first=order == "key_first", distinct=True)))
+    firsts = [tuple(ids[: ids.index(3)]) for ids in backend.sent]  # [SEP] in the tiny vocabulary
+    assert len(list(itertools.groupby(firsts))) == len(set(firsts)) == len(texts[order == "key_first"])
 
 
 @settings(max_examples=100, deadline=None)
@@ -123,11 +166,7 @@ def test_stream_answers_every_position_once_across_windows(
     scorer = PairScorer(backend, RENDERER, None)
 
     async def use() -> None:
-        answers: dict[int, float] = {}
-        async for positions, rewards in scorer.stream(iter(pairs)):
-            for position, reward in zip(positions.tolist(), rewards.tolist(), strict=True):
-                assert position not in answers
-                answers[position] = reward
+        answers = await gathered(scorer, iter(pairs))
         assert [answers[i] for i in range(len(pairs))] == expected(pairs)
         await nothing_left(backend)
 
@@ -272,11 +311,9 @@ def test_what_is_no_pair_is_named(pairs: list[Any], words: str) -> None:
         asyncio.run(scorer.score(pairs))
 
 
-def test_what_is_no_text_is_named_in_a_grid_and_far_into_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_text_is_named_far_into_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "WINDOW", 4)
     scorer = PairScorer(Backend(), RENDERER, None)
-    with pytest.raises(ConfigError, match=r"keys\[1\]"):
-        asyncio.run(scorer.score_grid(["a"], ["b", None]))  # type: ignore[list-item]
 
     async def read() -> None:
         async for _ in scorer.stream([("a", f"{i}") for i in range(9)] + [("a", None)]):  # type: ignore[list-item]

@@ -11,11 +11,13 @@ import pytest
 import tiny_models
 import torch
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import ConfigError, ModelError
 from rmsearch.evaluation import convert as module
 from rmsearch.evaluation.convert import SAMPLE, convert
-from rmsearch.models.contract import make_contract, read_contract, write_contract
+from rmsearch.models.contract import read_contract, write_contract
+from rmsearch.models.folder import ModelFolder
+from rmsearch.models.resolve import make_contract
 from rmsearch.prompts.templates import TEMPLATES
 from rmsearch.stage import execute
 
@@ -34,7 +36,7 @@ def test_an_adapter_and_its_base_become_one_folder(kind: str, tmp_path: Path) ->
     make = tiny_models.bert_cross_encoder if kind == "encoder" else tiny_models.decoder_reward_model
     base = make(tmp_path / "base")
     adapter = tiny_models.lora_adapter(tmp_path / "adapter", base)
-    write_contract(adapter, make_contract(base, TEMPLATES["encoder" if kind == "encoder" else "chat"], 96))
+    write_contract(adapter, make_contract(ModelFolder(base), TEMPLATES["encoder" if kind == "encoder" else "chat"], 96))
     flags = ["--type", "checkpoint", "--check-point-path", str(adapter), "--base-model-path", str(base)]
     from rmsearch.evaluation.utils import convert as documented
 

@@ -16,7 +16,7 @@ from fake_models import bag, use_fakes
 from tiny_models import sentence_encoder
 from tiny_sets import write_beir
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import Beir, Document, load_beir
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.evaluation.bm25 import bm25

@@ -13,17 +13,18 @@ import pytest
 from fake_models import use_fakes
 from tiny_sets import write_beir
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.errors import ConfigError
 from rmsearch.evaluation.bm25 import bm25
 from rmsearch.evaluation.embed import embed
 from rmsearch.evaluation.ndcg import ndcg
-from rmsearch.evaluation.report import at_depth, depth_curves, report
+from rmsearch.evaluation.report import report
 from rmsearch.evaluation.rerank import rerank
 from rmsearch.metrics.measures import ndcg as mean_ndcg
-from rmsearch.reports.charts import ticks
-from rmsearch.reports.page import Markup, el
+from rmsearch.reports.charts import mark, ticks
+from rmsearch.reports.comparison import at_depth, depth_curves
+from rmsearch.reports.page import render
 from rmsearch.retrieval.runs import read_run
 from rmsearch.stage import execute
 
@@ -176,9 +177,10 @@ def test_data_cannot_become_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert evil[:20] in found.text
 
 
-def test_elements_escape_all_but_markup() -> None:
-    assert el("p", "<b>", 1.25, None, [el("i", "x")], class_='a"b') == '<p class="a&quot;b">&lt;b&gt;1.25<i>x</i></p>'
-    assert el("p", Markup("<hr>")) == "<p><hr></p>" and el("line", x1=0.123) == '<line x1="0.12"/>'
+def test_templates_escape_all_and_charts_round_numbers() -> None:
+    page = render("page.html.j2", '<b> "&', ["<i>"]).decode()
+    assert page.count("&lt;b&gt; &#34;&amp;") == 2 and "&lt;i&gt;" in page and not {"<b>", "<i>"} & set(page.split())
+    assert mark("line", "<b>", x1=0.123, class_="a").attributes == {"x1": "0.12", "class": "a"}
 
 
 def test_depth_curves() -> None:

@@ -15,7 +15,7 @@ from fake_models import FakeScorer, overlap, use_fakes
 from tiny_models import bert_cross_encoder
 from tiny_sets import write_beir
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.errors import ConfigError, InputMissingError, RecordError, RetryableError
 from rmsearch.evaluation.bm25 import bm25

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 
 from rmsearch.errors import ConfigError
-from rmsearch.metrics.measures import MEASURES, evaluate, ndcg
-from rmsearch.metrics.significance import compare, holm, intervals
+from rmsearch.metrics.comparison import COMPARED, summary
+from rmsearch.metrics.measures import MEASURES, Scores, evaluate, ndcg
+from rmsearch.metrics.significance import compare, compare_all, holm, intervals, randomisation
 from rmsearch.retrieval.fusion import fit_weight, fuse, normalised
 
 QRELS = {"q1": {"a": 2, "b": 0, "c": 1}, "q2": {"x": 1}, "q3": {"z": 0}}
@@ -36,6 +38,13 @@ def test_missing_queries_and_queries_without_positives_count_as_zero() -> None:
     scores = evaluate(QRELS, RUN)
     assert all(values[1] == 0 and values[2] == 0 for values in scores.values.values())
     assert scores.mean("nDCG@10") == pytest.approx(scores.values["nDCG@10"][0] / 3)
+
+
+def test_grades_below_zero_are_not_relevant() -> None:
+    """TREC's spam grade is -2, at which trec_eval's code crashes."""
+    run = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
+    plain, graded = (evaluate({"q": {"a": low, "b": 1, "c": low}}, run).values for low in (0, -2))
+    assert all(np.array_equal(plain[measure], graded[measure]) for measure in MEASURES)
 
 
 def test_reciprocal_rank_cutoffs() -> None:
@@ -87,6 +96,46 @@ def test_randomisation_test_is_seeded_and_never_zero() -> None:
     assert first == second and 0 < first.p_randomisation <= 2.1 / 10_001
     nothing = compare(base, base)
     assert (nothing.p_randomisation, nothing.p_t_test, nothing.ties) == (1, 1, 200)
+
+
+def test_randomisation_test_against_scipy() -> None:
+    """The same flips for the same seed."""
+    from scipy import stats
+
+    rng = np.random.default_rng(5)
+    runs, base = rng.random((3, 300)) + 0.02, rng.random((3, 300))
+    expected = [
+        stats.permutation_test(
+            (difference,),
+            lambda values, axis: values.mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=2000,
+            rng=np.random.default_rng(3),
+        ).pvalue
+        for difference in runs - base
+    ]
+    assert randomisation(runs - base, 2000, 3) == pytest.approx(expected, abs=1e-12)
+    assert [each.p_randomisation for each in compare_all(runs, base, 2000, 3)] == pytest.approx(expected)
+
+
+def test_means_that_differ_by_rounding_only_are_equal() -> None:
+    """As of P@10, whose values are tenths: counted in whole numbers, all flips of twelve queries."""
+    tenths = np.random.default_rng(5).integers(-2, 3, size=(6, 12))
+    flips = np.array(list(itertools.product((1, -1), repeat=12))) @ tenths.T
+    totals = tenths.sum(axis=1)
+    expected = np.minimum(1, 2 * np.minimum((flips <= totals).mean(axis=0), (flips >= totals).mean(axis=0)))
+    assert randomisation(0.7 + tenths / 10 - 0.7, 4096, 0).tolist() == expected.tolist()
+
+
+def test_many_queries_and_runs_take_seconds() -> None:
+    rng = np.random.default_rng(0)
+    values = {name: dict(zip(MEASURES, rng.random((len(MEASURES), 4500)), strict=True)) for name in "abcd"}
+    started = time.process_time()
+    result = summary({name: Scores([str(i) for i in range(4500)], v, []) for name, v in values.items()}, 10_000, 0)
+    seconds = time.process_time() - started
+    assert seconds < 3, f"{seconds:.1f} s of a core for four runs over 4,500 queries"
+    assert set(result["runs"]["d"]["comparison"]) == set(COMPARED)
 
 
 def test_p_values_are_uniform_when_nothing_differs() -> None:

@@ -108,12 +108,24 @@ def test_models_on_s3(s3_bucket: str, tmp_path: Path) -> None:
         models.open_model(f"{s3_bucket}/models/none")
 
 
+def test_each_file_is_read_once(tmp_path: Path) -> None:
+    import tiny_models
+
+    folder = models.ModelFolder.open(str(tiny_models.decoder_reward_model(tmp_path / "m")))
+    assert folder.has_head and folder.facts.classifier and folder.contract is None and not folder.is_adapter
+    tokenizer = folder.tokenizer
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder.path / name).unlink()
+    assert folder.has_head and folder.facts.classifier and folder.tokenizer is tokenizer
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        _ = models.ModelFolder(folder.path).config
+
+
 @pytest.mark.s3
 def test_upstreams_head_beside_a_model_on_s3(s3_bucket: str, tmp_path: Path) -> None:
     import tiny_models
     import torch
 
-    from rmsearch.engines.transformers import load_tokenizer
     from rmsearch.models.heads import foreign_head
 
     folder, where = tiny_models.causal_model(tmp_path / "rm-converted-model"), f"{s3_bucket}/models/rm-converted-model"
@@ -123,7 +135,7 @@ def test_upstreams_head_beside_a_model_on_s3(s3_bucket: str, tmp_path: Path) -> 
     models.save_model_folder(folder, where)
     opened = models.open_model(where)
     assert [path.name for path in opened.glob("*.pt")] == ["score.pt"]
-    assert torch.equal(foreign_head(opened, load_tokenizer(opened)), head)
+    assert torch.equal(foreign_head(models.ModelFolder(opened)), head)
 
 
 @pytest.mark.s3
@@ -142,7 +154,7 @@ def test_a_pickle_under_the_heads_name_on_s3_runs_nothing(s3_bucket: str, tmp_pa
     (folder / "score.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     models.save_model_folder(folder, where)
     with pytest.raises(ModelError, match=r"score\.pt: is no tensor"):
-        foreign_head(models.open_model(where), None)
+        foreign_head(models.ModelFolder.open(where))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ModelError, match="only pickled weights"):
         models.open_model(str(model(tmp_path / "lone", **{"score.pt": b""})))

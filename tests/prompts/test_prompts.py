@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmsearch.errors import ConfigError, ModelError
-from rmsearch.prompts.renderer import (
-    TEMPLATES,
-    Renderer,
-    Template,
-    default_template,
-    query_text,
-    template,
-    template_hash,
-)
+from rmsearch.prompts.renderer import Renderer, query_text
+from rmsearch.prompts.templates import TEMPLATES, Template, default_template, template, template_hash
 
 ENCODERS = [name for name, each in TEMPLATES.items() if each.kind == "encoder"]
 DECODERS = [name for name, each in TEMPLATES.items() if each.kind != "encoder"]

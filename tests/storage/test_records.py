@@ -158,10 +158,10 @@ MALFORMED = [
     ("a.csv", b'a,b\n1,"2', r"a\.csv:2: "),
     ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:1: not UTF-8|a\.csv:2: not UTF-8"),
     ("a.parquet", b"not parquet at all", r"a\.parquet: "),
-    ("a.parquet.gz", gzip.compress(b"neither"), r"a\.parquet\.gz: "),
+    ("a.parquet.gz", gzip.compress(b"neither", mtime=0), r"a\.parquet\.gz: "),
     ("a.jsonl.gz", b'{"a": 1}\n', r"a\.jsonl\.gz: not a whole gzip file"),
-    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
-    ("a.csv.gz", gzip.compress(b"a,b\n1,2\n" * 9999)[:60], r"a\.csv\.gz: not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
+    ("a.csv.gz", gzip.compress(b"a,b\n1,2\n" * 9999, mtime=0)[:60], r"a\.csv\.gz: not a whole gzip file"),
 ]
 
 

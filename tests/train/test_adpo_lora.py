@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import ConfigError, RecordError, RejectedError
 from rmsearch.preferences.orders import implied, levels
 from rmsearch.prompts.renderer import Renderer

@@ -13,7 +13,7 @@ import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.engines import load_embedder
 from rmsearch.errors import ConfigError, RecordError
 from rmsearch.llm.languages import Languages, language

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import rmsearch
 from rmsearch.errors import RecordError, RejectedError
-from rmsearch.reports.preference_checks import counted, percent
+from rmsearch.reports.page import counted, percent
 from rmsearch.reports.preference_columns import Columns
 from rmsearch.reports.preference_entries import Entry
 from rmsearch.reports.preference_measures import auc, compared, contradictions, histogram, measure

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llm_server import Server, serving
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.chain import AdvancedRow
 from rmsearch.datasets.records import MessagePair, PreferencePair, read_preferences
 from rmsearch.engines.generation import Generation
@@ -378,7 +378,7 @@ def with_fakes(stage: str, arguments: list[str], **environment: str) -> subproce
     """Run a stage in a process whose reward model counts shared words, and may kill itself (see fake_models)."""
     code = (
         "import sys, fake_models; fake_models.use_fakes(setattr); from importlib import import_module\n"
-        "from rmsearch.command_line import run_command\n"
+        "from rmsearch.cli import run_command\n"
         f"raise SystemExit(run_command(import_module('rmsearch.train.{stage}').{stage}, sys.argv[1:]))"
     )
     env = {**os.environ, "PYTHONPATH": f"{TESTS / 'support'}:{TESTS.parent}", **environment}

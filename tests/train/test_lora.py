@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 import tiny_models
 import tiny_sets
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.errors import ConfigError, MissingExtraError, ModelError, RejectedError
 from rmsearch.models.contract import read_contract
 from rmsearch.stage import execute
@@ -160,6 +162,27 @@ def weights_of_base(folder: Path) -> Any:
     return next(value for name, value in weights(folder).items() if name.endswith("word_embeddings.weight"))
 
 
+def test_one_training_reads_each_file_of_the_base_once(
+    files: dict[str, Any], encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rmsearch.models import folder
+
+    reads = Counter[str]()
+
+    def counted(name: str, real: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def read(path: Path) -> Any:
+            if Path(encoder) in (path, path.parent):
+                reads[f"{name} {path.name}"] += 1
+            return real(path)
+
+        return read
+
+    for name in ("load_json", "read_contract", "_tensor_names"):
+        monkeypatch.setattr(folder, name, counted(name, getattr(folder, name)))
+    execute(lora, model_name=encoder, output_dir=str(tmp_path / "model"), **files, **(FAST | {"max_steps": 1}))
+    assert reads["load_json config.json"] == 1 and set(reads.values()) == {1}, reads
+
+
 def test_a_useless_training_says_so(
     files: dict[str, Any], encoder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,16 +209,16 @@ def test_dev_ndcg_chooses_the_checkpoint(files: dict[str, Any], encoder: str, tm
 
 
 def test_the_best_step_is_exported_not_the_last(files: dict[str, Any], encoder: str, tmp_path: Path) -> None:
-    from rmsearch.trainer import loop
+    from rmsearch.trainer.evaluation import Evaluation
 
-    real = loop.Evaluation.measure
+    real = Evaluation.measure
 
     def better_early(self: Any, score: Any, margin_scale: float) -> dict[str, float]:
         found = real(self, score, margin_scale)
         return found | {"eval_accuracy": 1.0 if len(self.history) == 1 else 0.1}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Evaluation, "measure", better_early)
+        patch.setattr(Evaluation, "measure", better_early)
         best = execute(lora, model_name=encoder, output_dir=str(tmp_path / "best"), **files, **FAST)
     assert best.counts["kept_step"] == 10 and best.counts["steps"] == 32
     rows = pair_sets.pairs(4, seed=1)
@@ -308,7 +331,7 @@ def test_checkpoints_and_model_live_on_s3(
 
 
 def test_a_run_killed_while_exporting_only_exports(files: dict[str, Any], encoder: str, tmp_path: Path) -> None:
-    from rmsearch.trainer import fit
+    from rmsearch.trainer import export
 
     out, options = tmp_path / "model", FAST | {"max_steps": 10}
 
@@ -316,7 +339,7 @@ def test_a_run_killed_while_exporting_only_exports(files: dict[str, Any], encode
         raise RuntimeError("crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "export_outcome", fail)
+        patch.setattr(export, "export_model", fail)
         with pytest.raises(RuntimeError, match="crash"):
             execute(lora, model_name=encoder, output_dir=str(out), **files, **options)
     run = execute(lora, model_name=encoder, output_dir=str(out), **files, **options)

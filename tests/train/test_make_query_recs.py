@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_server import Server, serving
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.chain import QUERY_TYPES, QueryRecord
 from rmsearch.engines.generation import Generation
 from rmsearch.errors import ConfigError, RecordError, RejectedError, RMSearchError

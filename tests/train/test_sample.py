@@ -13,7 +13,7 @@ import tiny_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmsearch.command_line import run_command
+from rmsearch.cli import run_command
 from rmsearch.datasets.beir import load_beir
 from rmsearch.datasets.chain import AdvancedSet, SampledSet
 from rmsearch.errors import ConfigError, RecordError, RMSearchError

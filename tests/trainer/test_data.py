@@ -12,12 +12,14 @@ import tiny_models
 import torch
 
 from rmsearch.errors import ConfigError, ModelError, RecordError
+from rmsearch.models.folder import ModelFolder
 from rmsearch.prompts.renderer import Renderer
 from rmsearch.prompts.templates import TEMPLATES
+from rmsearch.trainer.adapters import choose_layers, lora_config, start_pooler
 from rmsearch.trainer.batches import PairCollator, PairSampler, pair_order
 from rmsearch.trainer.data import encode_pairs, peek_template, read_pairs
 from rmsearch.trainer.losses import preference_loss
-from rmsearch.trainer.model import choose_layers, load_base, lora_config
+from rmsearch.trainer.model import load_base
 
 
 def renderer(length: int = 64) -> Renderer:
@@ -192,7 +194,7 @@ def test_lora_goes_into_attention_and_mlp_only(tmp_path: Path) -> None:
         (encoder, "encoder", "layer.1.", {"classifier", "pooler"}),
         (decoder, "chat", "layers.1.", {"score"}),
     ):
-        base = load_base(folder, TEMPLATES[name], 64, dtype="float32", attention=None, seed=0)
+        base = load_base(ModelFolder(folder), TEMPLATES[name], 64, dtype="float32", attention=None, seed=0)
         wanted = lora_config(base, rank=4, alpha=8, dropout=0, targets="auto", layers="last-1")
         model = get_peft_model(base.model, wanted)
         adapted = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
@@ -206,11 +208,11 @@ def test_lora_goes_into_attention_and_mlp_only(tmp_path: Path) -> None:
 def test_heads_with_several_labels_and_adapters_are_refused(tmp_path: Path) -> None:
     several = tiny_models.bert_cross_encoder(tmp_path / "three", num_labels=3)
     with pytest.raises(ModelError, match="3 labels"):
-        load_base(several, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        load_base(ModelFolder(several), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
     base = tiny_models.bert_cross_encoder(tmp_path / "bert")
     adapter = tiny_models.lora_adapter(tmp_path / "adapter", base)
     with pytest.raises(ModelError, match="adapter"):
-        load_base(adapter, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        load_base(ModelFolder(adapter), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
 
 
 def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
-    base = load_base(folder, TEMPLATES["chat"], 128, dtype="float32", attention=None, seed=0)
+    base = load_base(ModelFolder(folder), TEMPLATES["chat"], 128, dtype="float32", attention=None, seed=0)
     rendered = base.renderer.render("which gene", "this one").ids
     assert rendered[-1] == base.tokenizer.eos_token_id != base.tokenizer.pad_token_id
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
@@ -236,18 +238,16 @@ def test_the_pad_token_is_never_the_last_token(tmp_path: Path) -> None:
 
 
 def test_the_pooler_starts_as_asked(tmp_path: Path) -> None:
-    from rmsearch.trainer.model import start_pooler
-
     folder = tiny_models.bert_cross_encoder(tmp_path / "bert")
     for how in ("identity", "new", "keep"):
-        base = load_base(folder, TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
+        base = load_base(ModelFolder(folder), TEMPLATES["encoder"], 64, dtype="float32", attention=None, seed=0)
         dense = base.model.bert.pooler.dense
         before = dense.weight.clone()
         start_pooler(base.model, how)
         assert torch.equal(dense.weight, torch.eye(64)) == (how == "identity")
         assert torch.equal(dense.weight, before) == (how == "keep")
     decoder = load_base(
-        tiny_models.decoder_reward_model(tmp_path / "qwen3"),
+        ModelFolder(tiny_models.decoder_reward_model(tmp_path / "qwen3")),
         TEMPLATES["chat"],
         64,
         dtype="float32",
