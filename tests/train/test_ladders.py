@@ -451,7 +451,7 @@ BAD: list[tuple[Stage[Any], str, list[dict[str, Any]], str]] = [
     (QUERY, "", [{"index": 1, "text": "a"}, {"index": 2, "text": " "}], "is empty"),
     (KEY, "", [{"index": 1, "text": "a"}, {"index": 1, "text": "b"}], "the id '1' comes twice"),
     (KEY, "--adpo-output rows.txt", [{"index": 1, "text": "a"}], "unknown suffix"),
-    (QUERY, "--adpo-output out.jsonl", [{"index": 1, "text": "a"}], "--output would be written over --adpo-output"),
+    (QUERY, "--adpo-output out.jsonl", [{"index": 1, "text": "a"}], "is named for two outputs"),
     (KEY, "--verify reward", [{"index": 1, "text": "a"}], "names no reward model"),
     (KEY, "--max-violations 1", [{"index": 1, "text": "a"}], "needs --verify"),
     (KEY, "--n-key-generation 0", [{"index": 1, "text": "a"}], "--n-key-generation"),
