@@ -115,7 +115,9 @@ def load_classifier(
             where=str(folder.path),
             remedy="Train a head first (`rmsearch train lora`), or give a model that has one",
         )
-    return model.eval().to(where, chosen)  # PEFT puts a trained head in as float32
+    for parameter in model.parameters():  # a trained head may be float32; buffers (rotary frequencies) stay as they are
+        parameter.data = parameter.data.to(chosen)
+    return model.eval().to(where)
 
 
 class TransformersBackend:

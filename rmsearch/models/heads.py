@@ -201,13 +201,44 @@ def adapter_base(folder: ModelFolder) -> str:
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:
-    """The model with the adapter's weights (and its trained head) merged in."""
+    """The model with the adapter's weights (and its trained head) merged in, in the model's dtype."""
     from peft import PeftModel
 
+    dtype = next(model.parameters()).dtype
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        return merged(PeftModel.from_pretrained(model, str(adapter)), dtype)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"does not fit the base model: {reason}", where=str(adapter), remedy="Give the base it was trained on"
         ) from None
+
+
+def merged(trained: Any, dtype: Any) -> Any:
+    """A PeftModel's base with the adapter merged in: computed in float32, its weights stored in ``dtype``.
+
+    Weights become bfloat16 by stochastic rounding (Gupta et al. 2015, arXiv:1502.02551). Rounding to the nearest would
+    lose what was learned: on a bfloat16 base most of LoRA's updates are smaller than half a step of the weight, and
+    vanish (SmolLM2-135M, rank 16, 60 steps: rewards up to 2.97 off by 0.96; rounded this way, by 0.02).
+    """
+    import torch
+
+    model = trained.float().merge_and_unload()
+    draws = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if dtype == torch.bfloat16:
+            parameter.data = rounded_at_random(parameter.data, draws)
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def rounded_at_random(weights: Any, draws: Any) -> Any:
+    """float32 values, each one of the two bfloat16 values around it, the nearer one more often, so that the mean stays.
+    A bfloat16 value is the upper half of a float32's bits."""
+    import torch
+
+    bits = weights.view(torch.int32)
+    if not bool((bits & 0xFFFF).any()):  # as all weights that nothing was merged into
+        return weights
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=draws, dtype=torch.int32)
+    return ((bits + noise.to(bits.device)) & ~0xFFFF).view(torch.float32)

@@ -20,11 +20,12 @@ from rmsearch.engines import load_embedder, load_generator, load_scorer
 from rmsearch.engines.embedding import prefixes, resolve_embedding
 from rmsearch.engines.generation import Generation, Sampling
 from rmsearch.engines.options import pick_engine
+from rmsearch.engines.transformers import load_classifier
 from rmsearch.errors import ConfigError, ContractError, InputMissingError, ModelError
 from rmsearch.models.contract import load_json, read_contract, write_contract
 from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import causal_to_classifier
-from rmsearch.models.resolve import make_contract
+from rmsearch.models.resolve import make_contract, resolve_contract
 from rmsearch.prompts.templates import template
 
 QUERIES = ["which gene is in cancer", "weather", "", "price of the train " * 9]
@@ -97,6 +98,16 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     assert 0 < np.abs(half - exact).max() < 0.2
     with pytest.raises(ConfigError, match="unknown dtype 'int4'"):
         score(folder, dtype="int4")
+
+
+def test_positions_stay_exact_in_half_precision(tmp_path: Path) -> None:
+    """Rotary frequencies rounded to bfloat16 turn later tokens by the wrong angle."""
+    folder = ModelFolder(tiny_models.decoder_reward_model(tmp_path / "llama", "llama"))
+    contract = resolve_contract(folder)
+    exact, half = (load_classifier(folder, contract, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    frequencies = dict(exact.named_buffers())
+    assert frequencies and all(torch.equal(value, frequencies[name]) for name, value in half.named_buffers())
 
 
 def test_event_loop_stays_alive_and_loops_may_change(tmp_path: Path) -> None:
