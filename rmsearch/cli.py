@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from rmsearch import __version__
 from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RMSearchError
-from rmsearch.interrupts import STOPPED, run_stoppably
+from rmsearch.interrupts import STOPPED, first_to_say, run_stoppably
 from rmsearch.stage import Stage, StageConfig, execute, explain_validation
 from rmsearch.storage import uri
 
@@ -237,7 +237,8 @@ def exit_code_of(action: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # of a training that saved its state
-        print(STOPPED, file=sys.stderr)
+        if first_to_say():
+            print(STOPPED, file=sys.stderr)
         return EXIT_RETRY
     except BrokenPipeError:
         with contextlib.suppress(OSError):

@@ -118,11 +118,17 @@ def _clock(inlet: int) -> None:
     _end()
 
 
+def first_to_say() -> bool:
+    """Whether nobody has said yet that the command stops; the caller then does."""
+    with _State.ending:
+        said, _State.said = _State.said, True
+        return not said
+
+
 def _say_and_clear() -> None:
     """Say the one line, once, and end the children. What libraries print while they are torn down is not shown."""
     with _State.ending:
-        if not _State.said:
-            _State.said = True
+        if first_to_say():
             with contextlib.suppress(OSError):
                 os.write(2, f"{FRESH_LINE if os.isatty(2) else ''}{STOPPED}\n".encode())
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
