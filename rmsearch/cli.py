@@ -21,8 +21,8 @@ from cyclopts.config import Dict, Env
 from pydantic import ValidationError
 
 from rmsearch import __version__
-from rmsearch.errors import EXIT_BUG, EXIT_DONE, EXIT_RETRY, ConfigError, RMSearchError
-from rmsearch.interrupts import STOPPED, first_to_say, run_stoppably
+from rmsearch.errors import EXIT_BUG, EXIT_DONE, ConfigError, RMSearchError
+from rmsearch.interrupts import run_stoppably
 from rmsearch.stage import Stage, StageConfig, execute, explain_validation
 from rmsearch.storage import uri
 
@@ -236,10 +236,6 @@ def exit_code_of(action: Callable[[], None]) -> int:
     except RMSearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:  # of a training that saved its state
-        if first_to_say():
-            print(STOPPED, file=sys.stderr)
-        return EXIT_RETRY
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -56,7 +56,8 @@ def watch_command() -> None:
 
 
 def run_stoppably(action: Callable[[], None]) -> None:
-    """Run the action of a command. A signal ends the process, and then this does not return."""
+    """Run the action of a command. A signal ends the process, and then this does not return; nor does it where the
+    action itself took the signal and raises KeyboardInterrupt, as training does when it has saved its state."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         action()
         return
@@ -65,6 +66,9 @@ def run_stoppably(action: Callable[[], None]) -> None:
     _State.acting = True
     try:
         action()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        _end()
     finally:
         _State.acting = False
         if stopping():
@@ -118,17 +122,11 @@ def _clock(inlet: int) -> None:
     _end()
 
 
-def first_to_say() -> bool:
-    """Whether nobody has said yet that the command stops; the caller then does."""
-    with _State.ending:
-        said, _State.said = _State.said, True
-        return not said
-
-
 def _say_and_clear() -> None:
     """Say the one line, once, and end the children. What libraries print while they are torn down is not shown."""
     with _State.ending:
-        if first_to_say():
+        if not _State.said:
+            _State.said = True
             with contextlib.suppress(OSError):
                 os.write(2, f"{FRESH_LINE if os.isatty(2) else ''}{STOPPED}\n".encode())
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
