@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def violations(package: Path) -> list[str]:
     return wrong
 
 
+def functions_imports(path: Path) -> set[str]:
+    """Modules of ours, and numpy, that functions of the file import."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    inside = [
+        part for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, functions) for part in node.body
+    ]
+    found = [node for part in inside for node in ast.walk(part)]
+    names = {node.module or "" for node in found if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("rmsearch", "numpy")}
+
+
 def test_imports_run_downwards_only() -> None:
     assert violations(ROOT / "rmsearch") == []
 
@@ -96,3 +109,21 @@ def test_a_planted_arrow_is_found(tmp_path: Path, module: str, line: str, said: 
     with (copy / module).open("a") as file:
         file.write(f"\n\ndef planted() -> None:\n    {line.strip() or 'pass'}\n")
     assert any(said in each for each in violations(copy))
+
+
+def test_our_own_modules_are_imported_at_the_top() -> None:
+    lazy = {str(path.relative_to(ROOT)): functions_imports(path) for path in (ROOT / "rmsearch").rglob("*.py")}
+    assert {name: modules for name, modules in lazy.items() if modules} == {
+        "rmsearch/engines/__init__.py": {"rmsearch.engines.loading"}
+    }
+
+
+def test_no_class_name_stands_twice() -> None:
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "rmsearch").rglob("*.py")]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_file_is_longer_than_350_lines() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "rmsearch").rglob("*.py")}
+    assert [name for name, length in lengths.items() if length > 350] == []

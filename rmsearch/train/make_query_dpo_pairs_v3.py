@@ -9,13 +9,13 @@ from rmsearch.stage import option
 from rmsearch.train.make_query_dpo_pairs import QueryPairsConfig, make_query_dpo_pairs
 
 
-class Config(QueryPairsConfig):
-    """Config of `python -m rmsearch.train.make_query_dpo_pairs_v3`."""
+class QueryPairsV3Config(QueryPairsConfig):
+    """QueryPairsV3Config of `python -m rmsearch.train.make_query_dpo_pairs_v3`."""
 
     variant: int = option(3, "See make_query_dpo_pairs.", ge=1, le=3)
 
 
-make_query_dpo_pairs_v3 = replace(make_query_dpo_pairs, name="train.make_query_dpo_pairs_v3", config=Config)
+make_query_dpo_pairs_v3 = replace(make_query_dpo_pairs, name="train.make_query_dpo_pairs_v3", config=QueryPairsV3Config)
 
 if __name__ == "__main__":
     main(make_query_dpo_pairs_v3)
