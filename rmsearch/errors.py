@@ -72,3 +72,8 @@ class RetryableError(RMSearchError):
     """Storage, network or a server that may answer later."""
 
     exit_code = EXIT_RETRY
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 
 from rmsearch.datasets.corpus import find_id_column
-from rmsearch.errors import ConfigError, MissingExtraError, RetryableError, RMSearchError
+from rmsearch.errors import ConfigError, MissingExtraError, RetryableError, RMSearchError, first_line
 from rmsearch.progress import say
 
 SHUFFLE_BUFFER = 10_000
@@ -95,4 +95,4 @@ def _unreachable(name: str, error: BaseException) -> RetryableError:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(error)[:300]

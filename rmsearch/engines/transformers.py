@@ -15,7 +15,7 @@ from rmsearch.cores import spare_cores
 from rmsearch.engines.dispatch import Limits
 from rmsearch.engines.generation import ChatRequest, Generation, prompt_ids
 from rmsearch.engines.threads import LoopThread
-from rmsearch.errors import ConfigError, MissingExtraError, ModelError
+from rmsearch.errors import ConfigError, MissingExtraError, ModelError, first_line
 from rmsearch.models.contract import Contract
 from rmsearch.models.folder import ModelFolder
 from rmsearch.models.heads import foreign_head, merge_adapter
@@ -77,7 +77,7 @@ def load_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, set[str]
         with quiet():
             model, info = kind.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"does not load: {reason}", where=str(folder), remedy="Check the folder") from None
     return model, set(info["missing_keys"])
 

@@ -15,7 +15,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_args
 
 from rmsearch.cores import use_free_cores
-from rmsearch.errors import AccessError, ConfigError, InputMissingError, MissingExtraError, ModelError, RetryableError
+from rmsearch.errors import (
+    AccessError,
+    ConfigError,
+    InputMissingError,
+    MissingExtraError,
+    ModelError,
+    RetryableError,
+    first_line,
+)
 from rmsearch.models.contract import Contract, Dtype, load_json, read_contract
 from rmsearch.storage import local, s3
 from rmsearch.storage import uri as uris
@@ -149,7 +157,7 @@ class ModelFolder:
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ModelError(f"the tokenizer does not load: {reason}", where=str(self.path)) from None
 
 

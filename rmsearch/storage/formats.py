@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn, cast
 
-from rmsearch.errors import RecordError
+from rmsearch.errors import RecordError, first_line
 
 PARQUET_ROWS = 8192  # rows per group: what a reader or writer holds at a time
 _BOM = b"\xef\xbb\xbf"
@@ -25,7 +25,7 @@ def malformed(uri: str, row: int | None, error: Exception) -> RecordError:
         UnicodeDecodeError: "not UTF-8 text",
         UnicodeEncodeError: "holds a broken Unicode character (a lone surrogate)",
         RecursionError: "nested too deep",
-    }.get(type(error)) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    }.get(type(error)) or first_line(error)
     if "integer overflow" in said:
         said = "holds a whole number beyond 64 bits; write it as a string"
     if "not JSON compliant" in said:
